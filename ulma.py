@@ -1,0 +1,493 @@
+# SPDX-License-Identifier: MIT
+"""ULMA: Unified Language Model Alignment with Human Demonstration and Point-wise Preference, in one file.
+
+Cai et al., arXiv 2312.02554. Read top to bottom beside the paper: the losses, the log-probabilities they are made of,
+the data, evaluation, training, the command line.
+
+    python ulma.py --method ulma                                     # the data and model of data/, two CPU cores
+    python ulma.py --method pointwise-dpo --output-dir runs/first    # or sft: ULMA without the preference term
+    python ulma.py --model Qwen/Qwen2.5-0.5B --data Anthropic/hh-rlhf --learning-rate 1e-6 --epochs 1
+    python ulma.py --eval-only --model runs/first                    # evaluate any model folder, a finished run's too
+"""
+import json
+import math
+import random
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from itertools import count
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from datasets import load_dataset
+from tqdm import tqdm
+from transformers import (AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser,
+                          get_cosine_schedule_with_warmup)
+from transformers.hf_argparser import HfArg
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The losses. Pure functions of tensors, in nats, unreduced: logps is log π_θ(y|x), ref_logps is log π_ref(y|x), labels
+# is z. All have one shape, usually (B,), one response an element; spans or tokens do as well. Nothing but torch needed.
+
+
+def implicit_reward(logps, ref_logps, beta=0.1, log_z=0.0):
+    """r_θ(x,y) = β (log π_θ(y|x) − log π_ref(y|x) + log Z(x)): the reward that π_θ is optimal for, in nats.
+
+    log_z is log Z(x): a number, or a tensor that broadcasts, such as one value a row: (B,), or (B, 1) over tokens.
+    """
+    return beta * (logps - ref_logps + log_z)
+
+
+def sft_loss(logps):
+    """SFT: −log π_θ(y|x), for demonstrations."""
+    return -logps
+
+
+def pointwise_dpo_loss(logps, ref_logps, labels, beta=0.1, log_z=0.0, continuous=False):
+    """Point-wise DPO. Binary: −z log σ(r_θ) − (1−z) log(1 − σ(r_θ)). Continuous: (z − r_θ)².
+
+    labels may be bool, int or float; they are 0 or 1 for the binary loss, any real number for the continuous one.
+    """
+    reward, z = implicit_reward(logps, ref_logps, beta, log_z), labels.to(logps.dtype)
+    if continuous:
+        return (z - reward) ** 2
+    return F.binary_cross_entropy_with_logits(reward, z, reduction="none")
+
+
+def ulma_loss(logps, ref_logps, labels, beta=0.1, log_z=0.0, continuous=False):
+    """ULMA: SFT where z = 1, point-wise DPO elsewhere.
+
+    Where labels == 1 the loss does not depend on ref_logps: any finite number will do there.
+    """
+    preference = pointwise_dpo_loss(logps, ref_logps, labels, beta, log_z, continuous)
+    return torch.where(labels == 1, sft_loss(logps), preference)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Log-probabilities
+
+
+def response_logps(model, input_ids, attention_mask, response_mask):
+    """log π(y|x) = Σ_t log π(y_t | x, y_<t) over each row's response tokens: (B,), float32, nats.
+
+    input_ids, attention_mask, response_mask are (B, T). response_mask is 1 on the response, its end-of-sequence token
+    included; a row without a response gives 0, and the very first token of a row, which nothing predicts, is not
+    counted. Padding may be on either side; attention_mask may be None where it is on the right. The model is any
+    decoder-only model of transformers: its own forward runs, so logits are scaled or capped as it does.
+    """
+    if attention_mask is not None:  # padding goes to the right, where a causal model never looks
+        order = attention_mask.int().argsort(dim=1, descending=True, stable=True)
+        input_ids, response_mask = input_ids.gather(1, order), response_mask.gather(1, order)
+    # The logits at t predict token t + 1. A mask left on the CPU saves waiting for the GPU here.
+    at = F.pad(response_mask[:, 1:], (0, 1)).flatten().nonzero().squeeze(1).to(input_ids.device, non_blocking=True)
+    head = getattr(model, "module", model).get_output_embeddings()
+    # Most of the memory goes into logits: let the output head see only the N positions that count.
+    hook = head.register_forward_pre_hook(lambda _, args: (args[0].flatten(0, 1)[at].unsqueeze(0),))
+    try:
+        logits = model(input_ids=input_ids, use_cache=False).logits.squeeze(0)  # (N, V)
+    finally:
+        hook.remove()
+    token_logps = -F.cross_entropy(logits.float(), input_ids.flatten()[at + 1], reduction="none")
+    return token_logps.new_zeros(input_ids.numel()).scatter(0, at, token_logps).view_as(input_ids).sum(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def fail(message):
+    """A user's mistake: one line that names it and the mend, exit code 2."""
+    print(f"ulma.py: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def mean(values):
+    """The mean, None of nothing."""
+    values = list(values)
+    return sum(values) / len(values) if values else None
+
+
+def pointwise_rows(row, where, continuous):
+    """The point-wise rows of a row: itself, or the two of a pair (chosen 1, rejected 0); `where` names it in errors.
+
+    A pair without `prompt` is two transcripts, as in HH-RLHF, where the prompt ends at the last "\n\nAssistant:".
+    """
+    if "chosen" in row and "rejected" in row:
+        answers = [(row["chosen"], 1), (row["rejected"], 0)]
+    else:
+        answers = [(row.get("completion"), row.get("score" if continuous and "score" in row else "label"))]
+    rows = []
+    for completion, label in answers:
+        prompt = row.get("prompt")
+        if "chosen" in row and "prompt" not in row:
+            start, turn, completion = str(completion).rpartition("\n\nAssistant:")
+            prompt = start + turn
+        for name, text in (("prompt", prompt), ("completion", completion)):
+            if not isinstance(text, str) or not text:
+                fail(f"{where}: the {name} is {text!r}; it must be text, and not empty (columns here: {', '.join(row)})")
+        if not isinstance(label, (bool, int, float)) or not 0 <= label <= 1 or not continuous and label not in (0, 1):
+            fail(f"{where}: the label is {label!r}; write 1 (demonstration or thumbs-up) or 0 (thumbs-down)"
+                 + (", or a score in between" if continuous else "; scores in between need --continuous"))
+        rows.append({"prompt": prompt, "completion": completion, "label": label, "where": where, "ref_logp": 0.0,
+                     "references": row.get("references"), "demonstrated": row.get("demonstrated")})
+    return rows
+
+
+def load_rows(options):
+    """{"train": rows, "test": rows} of --data; without a test split, a seeded tenth of the prompts is held out."""
+    try:
+        is_file = Path(options.data).is_file()
+        splits = load_dataset("json", data_files=options.data) if is_file else load_dataset(options.data)
+    except Exception as error:  # datasets raises many kinds, with the cause inside
+        fail(f"--data {options.data} cannot be read: {str(error.__cause__ or error).splitlines()[0]}")
+    data = {name: [r for i, row in enumerate(rows, 1)
+                   for r in pointwise_rows(row, f"{options.data}, {name} row {i}", options.continuous)]
+            for name, rows in splits.items() if name in ("train", "test")}
+    if "train" not in data:
+        fail(f"--data {options.data} has the splits {list(splits)}; it needs `train`, and may have `test`")
+    if "test" not in data:
+        prompts = sorted({r["prompt"] for r in data["train"]})
+        held_out = set(random.Random(options.seed).sample(prompts, math.ceil(len(prompts) / 10)))
+        data["test"] = [r for r in data["train"] if r["prompt"] in held_out]
+        data["train"] = [r for r in data["train"] if r["prompt"] not in held_out]
+    for name, rows in data.items():
+        if not rows:
+            fail(f"--data {options.data} has no rows to {name} on; without a test split it needs at least two prompts")
+    return data
+
+
+def tokenize(rows, tokenizer, max_length):
+    """Adds `input_ids` and `prompt_length` to the rows. Prompt and completion apart, so that no token spans both."""
+    prompts = tokenizer([r["prompt"] for r in rows]).input_ids
+    completions = tokenizer([r["completion"] for r in rows], add_special_tokens=False).input_ids
+    for row, prompt, completion in zip(rows, prompts, completions):
+        if prompt[-1:] == [tokenizer.eos_token_id]:  # some tokenizers close every text
+            prompt = prompt[:-1]
+        if not prompt:
+            fail(f"{row['where']}: no token is left of the prompt {row['prompt']!r}; write one that has some")
+        completion = completion + [tokenizer.eos_token_id]
+        # Too long: the end of the prompt and the start of the completion stay, each with at least half the room.
+        prompt = prompt[-max(max_length - len(completion), max_length // 2):]
+        row["input_ids"], row["prompt_length"] = (prompt + completion)[:max_length], len(prompt)
+
+
+def collate(rows, device):
+    """input_ids (B, T), padded on the right, and response_mask (B, T), which stays on the CPU (see response_logps)."""
+    lengths = torch.tensor([len(r["input_ids"]) for r in rows])[:, None]
+    input_ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long, pin_memory=device.type == "cuda")
+    for ids, row in zip(input_ids, rows):
+        ids[:len(row["input_ids"])] = torch.tensor(row["input_ids"])
+    position = torch.arange(input_ids.shape[1])
+    response_mask = (position >= torch.tensor([r["prompt_length"] for r in rows])[:, None]) & (position < lengths)
+    return input_ids.to(device, non_blocking=True), response_mask
+
+
+def bucketed_batches(rows, batch_size, rng):
+    """Batches of rows of like length, little of them padding: shuffle, sort in windows of 50 batches, shuffle batches."""
+    rows, window = rng.sample(rows, len(rows)), 50 * batch_size
+    rows = [r for i in range(0, len(rows), window) for r in sorted(rows[i:i + window], key=lambda r: len(r["input_ids"]))]
+    batches = [rows[i:i + batch_size] for i in range(0, len(rows), batch_size)]
+    return rng.sample(batches, len(batches))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+SAMPLES, SHOWN = 4, 4  # samples a test prompt with references; prompts to show, and to sample where none has references
+
+
+def autocast(device):
+    """bfloat16 on CUDA, where the weights stay float32; float32 elsewhere."""
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+
+
+def batch_logps(model, rows):
+    """response_logps of rows: (len(rows),), on the model's device."""
+    input_ids, response_mask = collate(rows, model.device)
+    with autocast(model.device):
+        return response_logps(model, input_ids, None, response_mask)
+
+
+@torch.no_grad()
+def all_logps(model, rows, batch_size, title):
+    """response_logps of all rows: (len(rows),), on the CPU. Longest first: what does not fit in memory fails at once."""
+    order, logps = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"])), torch.zeros(len(rows))
+    model.eval()
+    for i in tqdm(range(0, len(rows), batch_size), desc=title, unit="batch"):
+        part = order[i:i + batch_size]
+        logps[part] = batch_logps(model, [rows[j] for j in part]).cpu()
+    return logps
+
+
+@torch.no_grad()
+def generate(model, tokenizer, rows, max_new_tokens, samples, batch_size, title):
+    """For each row's prompt a list of `samples` completions drawn at temperature 1, or, at 0 samples, the greedy one."""
+    own = model.generation_config
+    # Swapped, not passed: a model's own defaults (top-p, repetition penalty) would fill in what is left neutral here.
+    model.generation_config = GenerationConfig(
+        do_sample=samples > 0, num_return_sequences=max(samples, 1), max_new_tokens=max_new_tokens,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id, **({"top_k": 0} if samples else {}))
+    room = max(1, getattr(model.config, "max_position_embeddings", sys.maxsize) - max_new_tokens)
+    order, texts = sorted(range(len(rows)), key=lambda i: -rows[i]["prompt_length"]), [[] for _ in rows]
+    model.eval()
+    for i in tqdm(range(0, len(rows), batch_size), desc=title, unit="batch"):
+        part = order[i:i + batch_size]
+        prompts = [rows[j]["input_ids"][:rows[j]["prompt_length"]][-room:] for j in part]
+        width = max(map(len, prompts))
+        input_ids = torch.tensor([[tokenizer.eos_token_id] * (width - len(p)) + p for p in prompts])
+        attention_mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        with autocast(model.device):
+            output = model.generate(input_ids.to(model.device), attention_mask=attention_mask.to(model.device))
+        for n, text in enumerate(tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)):
+            texts[part[n // max(samples, 1)]].append(text)
+    model.generation_config = own
+    return texts
+
+
+def concordance(scores, labels):
+    """P(score_i > score_j | label_i > label_j), ties ½: for labels 0 and 1 the ROC AUC. None without such a pair."""
+    wins = pairs = 0
+    for score, label in zip(scores, labels):
+        lower = scores[labels < label]
+        wins, pairs = wins + ((score > lower).sum() + (score == lower).sum() / 2).item(), pairs + len(lower)
+    return wins / pairs if pairs else None
+
+
+def evaluate(model, tokenizer, rows, options, title, ref_logps=None):
+    """(metrics, log π_θ of the rows, generations); without ref_logps the model is its own reference."""
+    logps = all_logps(model, rows, 2 * options.batch_size, f"{title}: log-probs")
+    labels = torch.tensor([float(r["label"]) for r in rows])
+    tokens = torch.tensor([len(r["input_ids"]) - r["prompt_length"] for r in rows])
+    nll = -logps[labels == 1].double().sum() / tokens[labels == 1].sum()  # nats a token of the demonstrations
+    rewards = implicit_reward(logps, logps if ref_logps is None else ref_logps, options.beta)  # only their order counts
+    metrics = {"perplexity": nll.exp().item() if 1 in labels else None, "reward_auc": concordance(rewards, labels)}
+
+    prompts = list({r["prompt"]: r for r in rows}.values())
+    prompts = [r for r in prompts if r["references"]] or prompts[:SHOWN]
+    references = [{text.strip() for text in r["references"] or ()} for r in prompts]
+    longest = max((len(ids) for r in references if r for ids in tokenizer(sorted(r)).input_ids), default=62)
+    torch.manual_seed(options.seed)
+    texts = {name: generate(model, tokenizer, prompts, longest + 2, n, 8 * options.batch_size, f"{title}: {name}")
+             for name, n in (("sampled", SAMPLES if references[0] else 1), ("greedy", 0))}
+    if references[0]:
+        groups = {"all": (True, False, None), "demonstrated": (True,), "undemonstrated": (False,)}
+        metrics["exact_match"] = {name: {group: mean(
+            text.strip() in known for r, known, answers in zip(prompts, references, texts[name])
+            if r["demonstrated"] in tags for text in answers) for group, tags in groups.items()} for name in texts}
+    return metrics, logps, [{"prompt": r["prompt"], "sampled": sampled, "greedy": greedy[0]}
+                            for r, sampled, greedy in zip(prompts, texts["sampled"], texts["greedy"])]
+
+
+def report(columns, generations):
+    """Prints metrics as a table, and a few generations, side by side; both are {column: what evaluate returned}."""
+    flat = {}
+    for column, metrics in columns.items():
+        matches = {f"exact match, {how}, {group}": v for how, groups in metrics.get("exact_match", {}).items()
+                   for group, v in groups.items()}
+        flat[column] = {"perplexity of demonstrations": metrics["perplexity"], "reward AUC": metrics["reward_auc"], **matches}
+    print("\n" + " " * 36 + "".join(f"{column:>10}" for column in flat))
+    for name in flat[column]:
+        print(f"{name:36}" + "".join(f"{'—' if v[name] is None else format(v[name], '.3f'):>10}" for v in flat.values()))
+    rows = list(zip(*generations.values()))
+    for row in rows[::-(-len(rows) // SHOWN)][:SHOWN]:
+        print(f"\n{row[0]['prompt'].strip()}")
+        for column, answer in zip(generations, row):
+            print(f"  {column:>6}: {answer['sampled'][0].strip()}")
+    print()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+LOG_EVERY = 10  # steps
+
+
+def reads_reference(row, method):
+    """Whether this row's loss depends on log π_ref: in ULMA only that of rows other than demonstrations, in SFT none."""
+    return method == "pointwise-dpo" or method == "ulma" and row["label"] != 1
+
+
+def method_loss(logps, ref_logps, labels, options):
+    if options.method == "sft":
+        return sft_loss(logps)
+    loss = ulma_loss if options.method == "ulma" else pointwise_dpo_loss
+    return loss(logps, ref_logps, labels, options.beta, options.log_z, options.continuous)
+
+
+def disable_dropout(model):
+    """As in the authors' code: then π_θ is π_ref at the start, and train() switches nothing on but checkpointing."""
+    for module in model.modules():
+        for name in [name for name, value in vars(module).items() if isinstance(value, float)]:
+            if "drop" in name or isinstance(module, torch.nn.Dropout):
+                setattr(module, name, 0.0)
+
+
+def train(model, rows, options, log_file):
+    """Minimises the mean of method_loss over the rows, in place. Returns (tokens seen, seconds)."""
+    optimizer = torch.optim.AdamW(model.parameters(), options.learning_rate, weight_decay=0.0,
+                                  fused=model.device.type == "cuda")
+    steps = options.epochs * math.ceil(len(rows) / options.batch_size / options.gradient_accumulation)
+    schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(steps / 10), steps)
+    rng, tokens, start = random.Random(options.seed), 0, time.perf_counter()
+    seen, losses, rewards = [], [], []  # since the last line of the log
+    progress = tqdm(total=steps, desc=f"train: {options.method}", unit="step")
+    model.train()
+    for _ in range(options.epochs):
+        batches = bucketed_batches(rows, options.batch_size, rng)
+        for i in range(0, len(batches), options.gradient_accumulation):
+            micro_batches = batches[i:i + options.gradient_accumulation]
+            for batch in micro_batches:
+                labels, ref_logps = torch.tensor([[r["label"], r["ref_logp"]] for r in batch]).to(model.device).T
+                logps = batch_logps(model, batch)
+                loss = method_loss(logps, ref_logps, labels, options)
+                (loss.sum() / sum(map(len, micro_batches))).backward()  # the mean over the step's rows
+                seen += [(progress.n + 1, row) for row in batch]
+                losses.append(loss.detach())
+                rewards.append(implicit_reward(logps.detach(), ref_logps, options.beta, options.log_z))
+                tokens += sum(len(row["input_ids"]) for row in batch)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            learning_rate = schedule.get_last_lr()[0]
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            progress.update()
+            if progress.n % LOG_EVERY == 0 or progress.n == steps:  # the only wait for the GPU
+                losses, rewards = torch.cat(losses).tolist(), torch.cat(rewards).tolist()
+                for (step, row), loss in zip(seen, losses):
+                    if not math.isfinite(loss):
+                        fail(f"step {step}: the loss of {row['where']} is {loss}; a lower --learning-rate may help")
+                known = [(row["label"] > 0.5, r) for (_, row), r in zip(seen, rewards) if reads_reference(row, options.method)]
+                line = {"step": progress.n, "loss": mean(losses), "reward_positive": mean(r for up, r in known if up),
+                        "reward_negative": mean(r for up, r in known if not up), "learning_rate": learning_rate,
+                        "tokens_per_second": tokens / (time.perf_counter() - start)}
+                log_file.write(json.dumps(line) + "\n")
+                progress.set_postfix({k: f"{v:.3g}" for k, v in line.items() if v is not None and k != "step"})
+                seen, losses, rewards = [], [], []
+    progress.close()
+    return tokens, time.perf_counter() - start
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+@dataclass
+class Options:
+    method: Literal["ulma", "pointwise-dpo", "sft"] = HfArg(default="ulma", help="the loss; sft trains on label 1 alone")
+    model: str = HfArg(default="data/base", help="π_ref, where training starts: a folder or a Hugging Face hub name")
+    data: str = HfArg(default="data", help="a folder, a .jsonl or .jsonl.gz file, or a hub name")
+    output_dir: str = HfArg(default="", help="for the model and its records; default: a new folder in runs/")
+    beta: float = HfArg(default=0.1, help="β, the strength of the KL regulariser")
+    log_z: str = HfArg(default="auto", help="log Z(x), a number; auto: β log Z = logit(mean label), with --continuous the mean")
+    continuous: bool = HfArg(default=False, help="the squared-error losses, on the column `score` (else `label`), 0 to 1")
+    learning_rate: float = HfArg(default=1e-3, help="AdamW's, at its peak, after a tenth of the steps; a cosine decay follows")
+    epochs: int = HfArg(default=3, help="passes over the training rows")
+    batch_size: int = HfArg(default=16, help="rows a forward pass")
+    gradient_accumulation: int = HfArg(default=1, help="forward passes an optimiser step")
+    gradient_checkpointing: bool = HfArg(default=False, help="less memory for a third more compute")
+    max_length: int = HfArg(default=512, help="tokens a row: the end of the prompt and the start of the completion stay")
+    seed: int = HfArg(default=0, help="of the shuffling, the held-out prompts and the samples")
+    eval_only: bool = HfArg(default=False, help="evaluate --model and stop")
+
+
+def load_model(name, options, device):
+    """(tokenizer, model), the weights in float32, from safetensors."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
+    except Exception as error:  # transformers raises many kinds
+        fail(f"--model {name} cannot be loaded: {str(error).strip().splitlines()[0]}")
+    if tokenizer.eos_token_id is None:
+        fail(f"--model {name}: its tokenizer has no end-of-sequence token, which closes a response; set `eos_token`")
+    if options.max_length > getattr(model.config, "max_position_embeddings", sys.maxsize):
+        fail(f"--max-length {options.max_length} is over the {model.config.max_position_embeddings} positions of {name}")
+    disable_dropout(model)
+    if options.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return tokenizer, model.to(device)
+
+
+def peak_memory(device):
+    """Bytes: the most that CUDA's allocator gave since its reset, elsewhere the most this process ever took."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def main(argv=None):
+    options = Options(**vars(HfArgumentParser(Options, description=__doc__.splitlines()[0]).parse_args(argv)))
+    for name in ("beta", "learning_rate", "epochs", "batch_size", "gradient_accumulation"):
+        if getattr(options, name) <= 0:
+            fail(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be over 0")
+    kind = "eval" if options.eval_only else options.method
+    out = Path(options.output_dir or next(f"runs/{kind}-{n}" for n in count(1) if not Path(f"runs/{kind}-{n}").exists()))
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        fail(f"--output-dir {out} is there already; name a new or an empty folder")
+
+    data = load_rows(options)
+    rows, test_rows = [r for r in data["train"] if options.method != "sft" or r["label"] == 1], data["test"]
+    mean_label = mean(r["label"] for r in rows)
+    if not options.eval_only and mean_label in ((None,) if options.method == "sft" else (0, 1)):
+        fail(f"--method {options.method} needs rows of label 1" + (" and of label 0" if options.method != "sft" else ""))
+    if options.eval_only or options.method == "sft":
+        options.log_z = 0.0  # nothing reads it
+    elif options.log_z == "auto":  # the intercept of a regression of z on r_θ whose slope starts at 0, as π_θ = π_ref
+        options.log_z = (mean_label if options.continuous else math.log(mean_label / (1 - mean_label))) / options.beta
+    else:
+        try:
+            options.log_z = float(options.log_z)
+        except ValueError:
+            fail(f"--log-z {options.log_z} is neither auto nor a number")
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.use_deterministic_algorithms(True, warn_only=True)  # the same seed on the same machine: the same weights
+    tokenizer, model = load_model(options.model, options, device)
+    tokenize(rows + test_rows, tokenizer, options.max_length)
+    out.mkdir(parents=True, exist_ok=True)
+    print(f"model  {options.model}: {model.num_parameters():,} parameters, on {device}\n"
+          f"data   {options.data}: {len(rows)} rows to train on, mean label {mean_label:.2f}; {len(test_rows)} to test on", flush=True)
+    results = {"options": asdict(options)}
+
+    if options.eval_only:
+        record, ref_logps = Path(options.model, "metrics.json"), None
+        if record.is_file():  # a finished run: its reference is the model it started from
+            base = json.loads(record.read_text())["options"]["model"]
+            ref_logps = all_logps(load_model(base, options, device)[1], test_rows, 2 * options.batch_size, f"{base}: log-probs")
+        results["eval"], _, generations = evaluate(model, tokenizer, test_rows, options, "eval", ref_logps)
+        columns = {"eval": generations}
+    else:
+        results["before"], test_ref_logps, before = evaluate(model, tokenizer, test_rows, options, "before")
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        start, read = time.perf_counter(), [r for r in rows if reads_reference(r, options.method)]
+        for row, logp in zip(read, all_logps(model, read, 2 * options.batch_size, "reference: log-probs").tolist()):
+            row["ref_logp"] = logp
+        reference_seconds = time.perf_counter() - start
+        with open(out / "log.jsonl", "w") as log_file:
+            tokens, seconds = train(model, rows, options, log_file)
+        samples = len(rows) * options.epochs
+        results["train"] = {"samples": samples, "tokens": tokens, "seconds": seconds, "reference_seconds": reference_seconds,
+                            "samples_per_second": samples / seconds, "peak_memory_bytes": peak_memory(device)}
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+        results["after"], _, after = evaluate(model, tokenizer, test_rows, options, "after", test_ref_logps)
+        columns = {"before": before, "after": after}
+    (out / "metrics.json").write_text(json.dumps(results, indent=2) + "\n")
+    with open(out / "samples.jsonl", "w", encoding="utf-8") as file:
+        for row in zip(*columns.values()):
+            file.write(json.dumps({"prompt": row[0]["prompt"], **dict(zip(columns, row))}, ensure_ascii=False) + "\n")
+    report({name: results[name] for name in columns}, columns)
+    print(f"saved to {out}")
+    return results
+
+
+if __name__ == "__main__":
+    main()
