@@ -16,13 +16,14 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from itertools import count
+from itertools import count, product
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from datasets import load_dataset
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import (AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser,
                           get_cosine_schedule_with_warmup)
@@ -66,6 +67,18 @@ def ulma_loss(logps, ref_logps, labels, beta=0.1, log_z=0.0, continuous=False):
     return torch.where(labels == 1, sft_loss(logps), preference)
 
 
+def unlikelihood_loss(logps, labels):
+    """Unlikelihood, a baseline: −log π_θ(y|x) where z = 1, +log π_θ(y|x) elsewhere, which nothing bounds from below."""
+    return torch.where(labels == 1, -logps, logps)
+
+
+def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=0.1):
+    """Pair-wise DPO, a baseline (Rafailov et al. 2023): −log σ(r_θ(x,y_w) − r_θ(x,y_l)), in which log Z(x) cancels."""
+    chosen, rejected = (implicit_reward(chosen_logps, ref_chosen_logps, beta),
+                        implicit_reward(rejected_logps, ref_rejected_logps, beta))
+    return -F.logsigmoid(chosen - rejected)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Log-probabilities
 
@@ -105,7 +118,7 @@ def fail(message):
 
 
 def mean(values):
-    """The mean, None of nothing."""
+    """The mean; None of nothing."""
     values = list(values)
     return sum(values) / len(values) if values else None
 
@@ -116,18 +129,18 @@ def pointwise_rows(row, where, continuous):
     A pair without `prompt` is two transcripts, as in HH-RLHF, where the prompt ends at the last "\n\nAssistant:".
     """
     if "chosen" in row and "rejected" in row:
-        answers = [(row["chosen"], 1), (row["rejected"], 0)]
+        responses = [(row["chosen"], 1), (row["rejected"], 0)]
     else:
-        answers = [(row.get("completion"), row.get("score" if continuous and "score" in row else "label"))]
+        responses = [(row.get("completion"), row.get("score" if continuous and "score" in row else "label"))]
     rows = []
-    for completion, label in answers:
+    for completion, label in responses:
         prompt = row.get("prompt")
         if "chosen" in row and "prompt" not in row:
             start, turn, completion = str(completion).rpartition("\n\nAssistant:")
             prompt = start + turn
         for name, text in (("prompt", prompt), ("completion", completion)):
             if not isinstance(text, str) or not text:
-                fail(f"{where}: the {name} is {text!r}; it must be text, and not empty (columns here: {', '.join(row)})")
+                fail(f"{where}: the {name} is {text!r}; write text that is not empty (columns here: {', '.join(row)})")
         if not isinstance(label, (bool, int, float)) or not 0 <= label <= 1 or not continuous and label not in (0, 1):
             fail(f"{where}: the label is {label!r}; write 1 (demonstration or thumbs-up) or 0 (thumbs-down)"
                  + (", or a score in between" if continuous else "; scores in between need --continuous"))
@@ -137,26 +150,35 @@ def pointwise_rows(row, where, continuous):
 
 
 def load_rows(options):
-    """{"train": rows, "test": rows} of --data; without a test split, a seeded tenth of the prompts is held out."""
+    """(training rows, test rows) of --data; without a test split, a seeded tenth of the prompts is held out for it."""
     try:
         is_file = Path(options.data).is_file()
         splits = load_dataset("json", data_files=options.data) if is_file else load_dataset(options.data)
     except Exception as error:  # datasets raises many kinds, with the cause inside
-        fail(f"--data {options.data} cannot be read: {str(error.__cause__ or error).splitlines()[0]}")
-    data = {name: [r for i, row in enumerate(rows, 1)
-                   for r in pointwise_rows(row, f"{options.data}, {name} row {i}", options.continuous)]
-            for name, rows in splits.items() if name in ("train", "test")}
-    if "train" not in data:
+        fail(f"--data {options.data} cannot be read: {' '.join(str(error.__cause__ or error).split())[:300]}")
+    if "train" not in splits:
         fail(f"--data {options.data} has the splits {list(splits)}; it needs `train`, and may have `test`")
-    if "test" not in data:
-        prompts = sorted({r["prompt"] for r in data["train"]})
+    train_rows, test_rows = ([r for i, row in enumerate(splits.get(name, ()), 1) for r in
+                              pointwise_rows(row, f"{options.data}, {name} row {i}", options.continuous)]
+                             for name in ("train", "test"))
+    if "test" not in splits:
+        prompts = sorted({r["prompt"] for r in train_rows})
         held_out = set(random.Random(options.seed).sample(prompts, math.ceil(len(prompts) / 10)))
-        data["test"] = [r for r in data["train"] if r["prompt"] in held_out]
-        data["train"] = [r for r in data["train"] if r["prompt"] not in held_out]
-    for name, rows in data.items():
-        if not rows:
-            fail(f"--data {options.data} has no rows to {name} on; without a test split it needs at least two prompts")
-    return data
+        test_rows = [r for r in train_rows if r["prompt"] in held_out]
+        train_rows = [r for r in train_rows if r["prompt"] not in held_out]
+    if not train_rows or not test_rows:
+        fail(f"--data {options.data} leaves {len(train_rows)} rows to train on and {len(test_rows)} to test on; add some")
+    return train_rows, test_rows
+
+
+def make_examples(rows, method):
+    """What one term of the loss reads: a row, in SFT a demonstration, in DPO a positive and a negative of one prompt."""
+    if method != "dpo":
+        return [(r,) for r in rows if method != "sft" or r["label"] == 1]
+    prompts = {}
+    for r in rows:
+        prompts.setdefault(r["prompt"], ([], []))[r["label"] != 1].append(r)
+    return [pair for positives, negatives in prompts.values() for pair in product(positives, negatives)]
 
 
 def tokenize(rows, tokenizer, max_length):
@@ -167,29 +189,33 @@ def tokenize(rows, tokenizer, max_length):
         if prompt[-1:] == [tokenizer.eos_token_id]:  # some tokenizers close every text
             prompt = prompt[:-1]
         if not prompt:
-            fail(f"{row['where']}: no token is left of the prompt {row['prompt']!r}; write one that has some")
+            fail(f"{row['where']}: the prompt {row['prompt']!r} has no tokens; write one that has some")
         completion = completion + [tokenizer.eos_token_id]
         # Too long: the end of the prompt and the start of the completion stay, each with at least half the room.
         prompt = prompt[-max(max_length - len(completion), max_length // 2):]
         row["input_ids"], row["prompt_length"] = (prompt + completion)[:max_length], len(prompt)
 
 
+def length(row):
+    return len(row["input_ids"])
+
+
 def collate(rows, device):
     """input_ids (B, T), padded on the right, and response_mask (B, T), which stays on the CPU (see response_logps)."""
-    lengths = torch.tensor([len(r["input_ids"]) for r in rows])[:, None]
-    input_ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long, pin_memory=device.type == "cuda")
-    for ids, row in zip(input_ids, rows):
-        ids[:len(row["input_ids"])] = torch.tensor(row["input_ids"])
+    input_ids = pad_sequence([torch.tensor(r["input_ids"]) for r in rows], batch_first=True)
+    if device.type == "cuda":
+        input_ids = input_ids.pin_memory()
+    lengths, prompt_lengths = torch.tensor([[length(r), r["prompt_length"]] for r in rows]).T[..., None]
     position = torch.arange(input_ids.shape[1])
-    response_mask = (position >= torch.tensor([r["prompt_length"] for r in rows])[:, None]) & (position < lengths)
-    return input_ids.to(device, non_blocking=True), response_mask
+    return input_ids.to(device, non_blocking=True), (prompt_lengths <= position) & (position < lengths)
 
 
-def bucketed_batches(rows, batch_size, rng):
-    """Batches of rows of like length, little of them padding: shuffle, sort in windows of 50 batches, shuffle batches."""
-    rows, window = rng.sample(rows, len(rows)), 50 * batch_size
-    rows = [r for i in range(0, len(rows), window) for r in sorted(rows[i:i + window], key=lambda r: len(r["input_ids"]))]
-    batches = [rows[i:i + batch_size] for i in range(0, len(rows), batch_size)]
+def bucketed_batches(examples, batch_size, rng):
+    """Batches of examples of like length, little of them padding: shuffle, sort in windows of 50 batches, shuffle."""
+    examples, window = rng.sample(examples, len(examples)), 50 * batch_size
+    examples = [e for i in range(0, len(examples), window)
+                for e in sorted(examples[i:i + window], key=lambda e: max(map(length, e)))]
+    batches = [examples[i:i + batch_size] for i in range(0, len(examples), batch_size)]
     return rng.sample(batches, len(batches))
 
 
@@ -199,50 +225,43 @@ def bucketed_batches(rows, batch_size, rng):
 SAMPLES, SHOWN = 4, 4  # samples a test prompt with references; prompts to show, and to sample where none has references
 
 
-def autocast(device):
-    """bfloat16 on CUDA, where the weights stay float32; float32 elsewhere."""
-    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
-
-
-def batch_logps(model, rows):
-    """response_logps of rows: (len(rows),), on the model's device."""
+def batch_logps(model, rows, options):
+    """log π_θ(y|x) of rows: (len(rows),), on the model's device; a mean over tokens with --length-normalize."""
     input_ids, response_mask = collate(rows, model.device)
-    with autocast(model.device):
-        return response_logps(model, input_ids, None, response_mask)
+    cuda = model.device.type == "cuda"  # bfloat16 there, and the weights stay float32
+    with torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext():
+        logps = response_logps(model, input_ids, None, response_mask)
+    return logps / response_mask.sum(1).to(logps.device) if options.length_normalize else logps
 
 
 @torch.no_grad()
-def all_logps(model, rows, batch_size, title):
-    """response_logps of all rows: (len(rows),), on the CPU. Longest first: what does not fit in memory fails at once."""
-    order, logps = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"])), torch.zeros(len(rows))
+def all_logps(model, rows, options, title):
+    """batch_logps of all rows: (len(rows),), on the CPU. Longest first: what does not fit in memory fails at once."""
+    order, logps = sorted(range(len(rows)), key=lambda i: -length(rows[i])), torch.zeros(len(rows))
     model.eval()
-    for i in tqdm(range(0, len(rows), batch_size), desc=title, unit="batch"):
-        part = order[i:i + batch_size]
-        logps[part] = batch_logps(model, [rows[j] for j in part]).cpu()
+    for i in tqdm(range(0, len(rows), 2 * options.batch_size), desc=f"{title}: log-probs", unit="batch"):
+        part = order[i:i + 2 * options.batch_size]
+        logps[part] = batch_logps(model, [rows[j] for j in part], options).cpu()
     return logps
 
 
 @torch.no_grad()
-def generate(model, tokenizer, rows, max_new_tokens, samples, batch_size, title):
+def generate(model, tokenizer, rows, max_new_tokens, samples, options, title):
     """For each row's prompt a list of `samples` completions drawn at temperature 1, or, at 0 samples, the greedy one."""
-    own = model.generation_config
+    own, texts = model.generation_config, [[] for _ in rows]
     # Swapped, not passed: a model's own defaults (top-p, repetition penalty) would fill in what is left neutral here.
     model.generation_config = GenerationConfig(
         do_sample=samples > 0, num_return_sequences=max(samples, 1), max_new_tokens=max_new_tokens,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id, **({"top_k": 0} if samples else {}))
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **({"top_k": 0} if samples else {}))
     room = max(1, getattr(model.config, "max_position_embeddings", sys.maxsize) - max_new_tokens)
-    order, texts = sorted(range(len(rows)), key=lambda i: -rows[i]["prompt_length"]), [[] for _ in rows]
+    order, size = sorted(range(len(rows)), key=lambda i: -rows[i]["prompt_length"]), 8 * options.batch_size
     model.eval()
-    for i in tqdm(range(0, len(rows), batch_size), desc=title, unit="batch"):
-        part = order[i:i + batch_size]
-        prompts = [rows[j]["input_ids"][:rows[j]["prompt_length"]][-room:] for j in part]
-        width = max(map(len, prompts))
-        input_ids = torch.tensor([[tokenizer.eos_token_id] * (width - len(p)) + p for p in prompts])
-        attention_mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-        with autocast(model.device):
-            output = model.generate(input_ids.to(model.device), attention_mask=attention_mask.to(model.device))
-        for n, text in enumerate(tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)):
-            texts[part[n // max(samples, 1)]].append(text)
+    for i in tqdm(range(0, len(rows), size), desc=f"{title}: generation", unit="batch"):
+        prompts = [rows[j]["input_ids"][:rows[j]["prompt_length"]][-room:] for j in order[i:i + size]]
+        inputs = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
+        completions = model.generate(**inputs)[:, inputs["input_ids"].shape[1]:]
+        for n, text in enumerate(tokenizer.batch_decode(completions, skip_special_tokens=True)):
+            texts[order[i + n // max(samples, 1)]].append(text)
     model.generation_config = own
     return texts
 
@@ -257,46 +276,46 @@ def concordance(scores, labels):
 
 
 def evaluate(model, tokenizer, rows, options, title, ref_logps=None):
-    """(metrics, log π_θ of the rows, generations); without ref_logps the model is its own reference."""
-    logps = all_logps(model, rows, 2 * options.batch_size, f"{title}: log-probs")
+    """(metrics, batch_logps of all rows, {prompt: generations}); without ref_logps the model is its own reference."""
+    logps = all_logps(model, rows, options, title)
     labels = torch.tensor([float(r["label"]) for r in rows])
-    tokens = torch.tensor([len(r["input_ids"]) - r["prompt_length"] for r in rows])
-    nll = -logps[labels == 1].double().sum() / tokens[labels == 1].sum()  # nats a token of the demonstrations
+    tokens = torch.tensor([length(r) - r["prompt_length"] for r in rows])
+    sums = (logps * tokens if options.length_normalize else logps).double()
+    nll = -sums[labels == 1].sum() / tokens[labels == 1].sum()  # nats a token of the demonstrations
     rewards = implicit_reward(logps, logps if ref_logps is None else ref_logps, options.beta)  # only their order counts
     metrics = {"perplexity": nll.exp().item() if 1 in labels else None, "reward_auc": concordance(rewards, labels)}
 
     prompts = list({r["prompt"]: r for r in rows}.values())
     prompts = [r for r in prompts if r["references"]] or prompts[:SHOWN]
     references = [{text.strip() for text in r["references"] or ()} for r in prompts]
-    longest = max((len(ids) for r in references if r for ids in tokenizer(sorted(r)).input_ids), default=62)
+    longest = max((len(ids) for known in references if known for ids in tokenizer(list(known)).input_ids), default=62)
     torch.manual_seed(options.seed)
-    texts = {name: generate(model, tokenizer, prompts, longest + 2, n, 8 * options.batch_size, f"{title}: {name}")
+    texts = {name: generate(model, tokenizer, prompts, longest + 2, n, options, f"{title}, {name}")
              for name, n in (("sampled", SAMPLES if references[0] else 1), ("greedy", 0))}
     if references[0]:
         groups = {"all": (True, False, None), "demonstrated": (True,), "undemonstrated": (False,)}
         metrics["exact_match"] = {name: {group: mean(
             text.strip() in known for r, known, answers in zip(prompts, references, texts[name])
             if r["demonstrated"] in tags for text in answers) for group, tags in groups.items()} for name in texts}
-    return metrics, logps, [{"prompt": r["prompt"], "sampled": sampled, "greedy": greedy[0]}
-                            for r, sampled, greedy in zip(prompts, texts["sampled"], texts["greedy"])]
+    return metrics, logps, {r["prompt"]: {name: texts[name][i] for name in texts} for i, r in enumerate(prompts)}
 
 
 def report(columns, generations):
-    """Prints metrics as a table, and a few generations, side by side; both are {column: what evaluate returned}."""
-    flat = {}
-    for column, metrics in columns.items():
-        matches = {f"exact match, {how}, {group}": v for how, groups in metrics.get("exact_match", {}).items()
-                   for group, v in groups.items()}
-        flat[column] = {"perplexity of demonstrations": metrics["perplexity"], "reward AUC": metrics["reward_auc"], **matches}
-    print("\n" + " " * 36 + "".join(f"{column:>10}" for column in flat))
-    for name in flat[column]:
-        print(f"{name:36}" + "".join(f"{'—' if v[name] is None else format(v[name], '.3f'):>10}" for v in flat.values()))
-    rows = list(zip(*generations.values()))
-    for row in rows[::-(-len(rows) // SHOWN)][:SHOWN]:
-        print(f"\n{row[0]['prompt'].strip()}")
-        for column, answer in zip(generations, row):
-            print(f"  {column:>6}: {answer['sampled'][0].strip()}")
-    print()
+    """Prints {column: metrics} as a table, and a few of the {column: {prompt: generations}}, side by side."""
+    print(f"\n{'':38}" + "".join(f"{column:>8}" for column in columns))
+
+    def lines(name, values):
+        if isinstance(values[0], dict):
+            for key in values[0]:
+                lines(f"{name}, {key}" if name else key.replace("_", " "), [v[key] for v in values])
+        else:
+            print(f"{name:38}" + "".join("     n/a" if v is None else f"{v:8.3f}" for v in values))
+
+    lines("", list(columns.values()))
+    prompts = list(next(iter(generations.values())))
+    for prompt in prompts[::math.ceil(len(prompts) / SHOWN)]:
+        print(f"\n{prompt.strip()}", *(f"{column:>8}: {texts[prompt]['sampled'][0].strip()}"
+                                       for column, texts in generations.items()), sep="\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -306,13 +325,18 @@ LOG_EVERY = 10  # steps
 
 
 def reads_reference(row, method):
-    """Whether this row's loss depends on log π_ref: in ULMA only that of rows other than demonstrations, in SFT none."""
-    return method == "pointwise-dpo" or method == "ulma" and row["label"] != 1
+    """Whether the row's loss depends on log π_ref: in ULMA not that of demonstrations."""
+    return method in ("pointwise-dpo", "dpo") or method == "ulma" and row["label"] != 1
 
 
 def method_loss(logps, ref_logps, labels, options):
+    """The loss of --method, one value an example; for DPO the positives come first, then the negatives."""
     if options.method == "sft":
         return sft_loss(logps)
+    if options.method == "unlikelihood":
+        return unlikelihood_loss(logps, labels)
+    if options.method == "dpo":
+        return dpo_loss(*logps.chunk(2), *ref_logps.chunk(2), options.beta)
     loss = ulma_loss if options.method == "ulma" else pointwise_dpo_loss
     return loss(logps, ref_logps, labels, options.beta, options.log_z, options.continuous)
 
@@ -325,47 +349,48 @@ def disable_dropout(model):
                 setattr(module, name, 0.0)
 
 
-def train(model, rows, options, log_file):
-    """Minimises the mean of method_loss over the rows, in place. Returns (tokens seen, seconds)."""
+def train(model, examples, options, log_file):
+    """Minimises the mean of method_loss over the examples, in place. Returns (tokens seen, seconds)."""
     optimizer = torch.optim.AdamW(model.parameters(), options.learning_rate, weight_decay=0.0,
                                   fused=model.device.type == "cuda")
-    steps = options.epochs * math.ceil(len(rows) / options.batch_size / options.gradient_accumulation)
+    steps = options.epochs * math.ceil(len(examples) / options.batch_size / options.gradient_accumulation)
     schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(steps / 10), steps)
-    rng, tokens, start = random.Random(options.seed), 0, time.perf_counter()
-    seen, losses, rewards = [], [], []  # since the last line of the log
+    rng, tokens, recent, start = random.Random(options.seed), 0, [], time.perf_counter()
     progress = tqdm(total=steps, desc=f"train: {options.method}", unit="step")
     model.train()
     for _ in range(options.epochs):
-        batches = bucketed_batches(rows, options.batch_size, rng)
+        batches = bucketed_batches(examples, options.batch_size, rng)
         for i in range(0, len(batches), options.gradient_accumulation):
             micro_batches = batches[i:i + options.gradient_accumulation]
             for batch in micro_batches:
-                labels, ref_logps = torch.tensor([[r["label"], r["ref_logp"]] for r in batch]).to(model.device).T
-                logps = batch_logps(model, batch)
-                loss = method_loss(logps, ref_logps, labels, options)
-                (loss.sum() / sum(map(len, micro_batches))).backward()  # the mean over the step's rows
-                seen += [(progress.n + 1, row) for row in batch]
-                losses.append(loss.detach())
-                rewards.append(implicit_reward(logps.detach(), ref_logps, options.beta, options.log_z))
-                tokens += sum(len(row["input_ids"]) for row in batch)
+                rows = [row for column in zip(*batch) for row in column]
+                labels, ref_logps = torch.tensor([[r["label"], r["ref_logp"]] for r in rows]).to(model.device).T
+                logps = batch_logps(model, rows, options)
+                losses = method_loss(logps, ref_logps, labels, options)
+                (losses.sum() / sum(map(len, micro_batches))).backward()  # the mean over the step's examples
+                rewards = implicit_reward(logps, ref_logps, options.beta, options.log_z)
+                recent.append((batch, losses.detach(), rows, rewards.detach()))
+                tokens += sum(map(length, rows))
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            learning_rate = schedule.get_last_lr()[0]
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
             progress.update()
             if progress.n % LOG_EVERY == 0 or progress.n == steps:  # the only wait for the GPU
-                losses, rewards = torch.cat(losses).tolist(), torch.cat(rewards).tolist()
-                for (step, row), loss in zip(seen, losses):
-                    if not math.isfinite(loss):
-                        fail(f"step {step}: the loss of {row['where']} is {loss}; a lower --learning-rate may help")
-                known = [(row["label"] > 0.5, r) for (_, row), r in zip(seen, rewards) if reads_reference(row, options.method)]
-                line = {"step": progress.n, "loss": mean(losses), "reward_positive": mean(r for up, r in known if up),
-                        "reward_negative": mean(r for up, r in known if not up), "learning_rate": learning_rate,
+                losses = [(example[0], x) for batch, loss, *_ in recent for example, x in zip(batch, loss.tolist())]
+                bad = [row["where"] for row, loss in losses if not math.isfinite(loss)]
+                if bad:
+                    fail(f"by step {progress.n} the loss is not finite, first on {bad[0]}; try a lower --learning-rate")
+                rewards = [(row["label"] > 0.5, r) for *_, rows, reward in recent for row, r in zip(rows, reward.tolist())
+                           if reads_reference(row, options.method)]
+                line = {"step": progress.n, "loss": mean(loss for _, loss in losses),
+                        "reward_positive": mean(r for good, r in rewards if good),
+                        "reward_negative": mean(r for good, r in rewards if not good),
+                        "learning_rate": schedule.get_last_lr()[0],
                         "tokens_per_second": tokens / (time.perf_counter() - start)}
                 log_file.write(json.dumps(line) + "\n")
                 progress.set_postfix({k: f"{v:.3g}" for k, v in line.items() if v is not None and k != "step"})
-                seen, losses, rewards = [], [], []
+                recent = []
     progress.close()
     return tokens, time.perf_counter() - start
 
@@ -376,15 +401,16 @@ def train(model, rows, options, log_file):
 
 @dataclass
 class Options:
-    method: Literal["ulma", "pointwise-dpo", "sft"] = HfArg(default="ulma", help="the loss; sft trains on label 1 alone")
+    method: Literal["ulma", "pointwise-dpo", "sft", "unlikelihood", "dpo"] = HfArg(default="ulma", help="the loss")
     model: str = HfArg(default="data/base", help="π_ref, where training starts: a folder or a Hugging Face hub name")
     data: str = HfArg(default="data", help="a folder, a .jsonl or .jsonl.gz file, or a hub name")
-    output_dir: str = HfArg(default="", help="for the model and its records; default: a new folder in runs/")
-    beta: float = HfArg(default=0.1, help="β, the strength of the KL regulariser")
-    log_z: str = HfArg(default="auto", help="log Z(x), a number; auto: β log Z = logit(mean label), with --continuous the mean")
+    output_dir: str = HfArg(default="", help="for the model and its records; if not given, a new folder in runs/")
+    beta: float = HfArg(default=1.0, help="β, the strength of the KL regulariser")
+    log_z: str = HfArg(default="auto", help="log Z(x), a number; auto makes β log Z the labels' logit (--continuous: mean)")
     continuous: bool = HfArg(default=False, help="the squared-error losses, on the column `score` (else `label`), 0 to 1")
-    learning_rate: float = HfArg(default=1e-3, help="AdamW's, at its peak, after a tenth of the steps; a cosine decay follows")
-    epochs: int = HfArg(default=3, help="passes over the training rows")
+    length_normalize: bool = HfArg(default=False, help="log π(y|x) as a mean over tokens, not the paper's sum")
+    learning_rate: float = HfArg(default=3e-4, help="AdamW's, reached after a tenth of the steps; then a cosine decay")
+    epochs: int = HfArg(default=5, help="passes over the training rows")
     batch_size: int = HfArg(default=16, help="rows a forward pass")
     gradient_accumulation: int = HfArg(default=1, help="forward passes an optimiser step")
     gradient_checkpointing: bool = HfArg(default=False, help="less memory for a third more compute")
@@ -399,7 +425,7 @@ def load_model(name, options, device):
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
     except Exception as error:  # transformers raises many kinds
-        fail(f"--model {name} cannot be loaded: {str(error).strip().splitlines()[0]}")
+        fail(f"--model {name} cannot be loaded: {' '.join(str(error).split())[:300]}")
     if tokenizer.eos_token_id is None:
         fail(f"--model {name}: its tokenizer has no end-of-sequence token, which closes a response; set `eos_token`")
     if options.max_length > getattr(model.config, "max_position_embeddings", sys.maxsize):
@@ -411,7 +437,7 @@ def load_model(name, options, device):
 
 
 def peak_memory(device):
-    """Bytes: the most that CUDA's allocator gave since its reset, elsewhere the most this process ever took."""
+    """Bytes: the most that CUDA's allocator gave since its reset; elsewhere the most this process ever held."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     try:
@@ -423,69 +449,66 @@ def peak_memory(device):
 
 def main(argv=None):
     options = Options(**vars(HfArgumentParser(Options, description=__doc__.splitlines()[0]).parse_args(argv)))
-    for name in ("beta", "learning_rate", "epochs", "batch_size", "gradient_accumulation"):
-        if getattr(options, name) <= 0:
-            fail(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be over 0")
+    for name in ("beta", "learning_rate", "epochs", "batch_size", "gradient_accumulation", "max_length"):
+        if not getattr(options, name) > (name == "max_length"):  # of which prompt and response need one each
+            fail(f"--{name.replace('_', '-')} {getattr(options, name)} is too small")
     kind = "eval" if options.eval_only else options.method
     out = Path(options.output_dir or next(f"runs/{kind}-{n}" for n in count(1) if not Path(f"runs/{kind}-{n}").exists()))
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         fail(f"--output-dir {out} is there already; name a new or an empty folder")
 
-    data = load_rows(options)
-    rows, test_rows = [r for r in data["train"] if options.method != "sft" or r["label"] == 1], data["test"]
-    mean_label = mean(r["label"] for r in rows)
-    if not options.eval_only and mean_label in ((None,) if options.method == "sft" else (0, 1)):
-        fail(f"--method {options.method} needs rows of label 1" + (" and of label 0" if options.method != "sft" else ""))
-    if options.eval_only or options.method == "sft":
-        options.log_z = 0.0  # nothing reads it
-    elif options.log_z == "auto":  # the intercept of a regression of z on r_θ whose slope starts at 0, as π_θ = π_ref
-        options.log_z = (mean_label if options.continuous else math.log(mean_label / (1 - mean_label))) / options.beta
-    else:
-        try:
-            options.log_z = float(options.log_z)
-        except ValueError:
-            fail(f"--log-z {options.log_z} is neither auto nor a number")
+    train_rows, test_rows = load_rows(options)
+    examples, mean_label = make_examples(train_rows, options.method), mean(r["label"] for r in train_rows)
+    if not options.eval_only and (not examples or options.method not in ("sft", "dpo") and mean_label in (0, 1)):
+        fail(f"--method {options.method} needs " + {"sft": "rows of label 1", "dpo": "a positive and a negative of one prompt"}
+             .get(options.method, "rows of different labels") + f"; --data {options.data} has none")
+    if options.log_z == "auto":  # the intercept of a regression of z on r_θ whose slope starts at 0, for π_θ = π_ref
+        odds = mean_label / (1 - mean_label) if 0 < mean_label < 1 else 1
+        options.log_z = (mean_label if options.continuous else math.log(odds)) / options.beta
+    try:
+        options.log_z = float(options.log_z)
+    except ValueError:
+        fail(f"--log-z {options.log_z} is neither auto nor a number")
 
     device = torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.use_deterministic_algorithms(True, warn_only=True)  # the same seed on the same machine: the same weights
     tokenizer, model = load_model(options.model, options, device)
-    tokenize(rows + test_rows, tokenizer, options.max_length)
+    tokenize(train_rows + test_rows, tokenizer, options.max_length)
     out.mkdir(parents=True, exist_ok=True)
-    print(f"model  {options.model}: {model.num_parameters():,} parameters, on {device}\n"
-          f"data   {options.data}: {len(rows)} rows to train on, mean label {mean_label:.2f}; {len(test_rows)} to test on", flush=True)
-    results = {"options": asdict(options)}
+    print(f"{options.method}, β = {options.beta}, β log Z = {options.beta * options.log_z:.3f}\n"
+          f"{options.model}: {model.num_parameters():,} parameters, on {device}\n"
+          f"{options.data}: {len(train_rows)} rows to train on, mean label {mean_label:.3f}; {len(test_rows)} to test on", flush=True)
+    results, generations = {"options": asdict(options)}, {}
 
     if options.eval_only:
         record, ref_logps = Path(options.model, "metrics.json"), None
         if record.is_file():  # a finished run: its reference is the model it started from
-            base = json.loads(record.read_text())["options"]["model"]
-            ref_logps = all_logps(load_model(base, options, device)[1], test_rows, 2 * options.batch_size, f"{base}: log-probs")
-        results["eval"], _, generations = evaluate(model, tokenizer, test_rows, options, "eval", ref_logps)
-        columns = {"eval": generations}
+            base = load_model(json.loads(record.read_text())["options"]["model"], options, device)[1]
+            ref_logps = all_logps(base, test_rows, options, "reference")
+        results["eval"], _, generations["eval"] = evaluate(model, tokenizer, test_rows, options, "eval", ref_logps)
     else:
-        results["before"], test_ref_logps, before = evaluate(model, tokenizer, test_rows, options, "before")
+        results["before"], ref_logps, generations["before"] = evaluate(model, tokenizer, test_rows, options, "before")
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        start, read = time.perf_counter(), [r for r in rows if reads_reference(r, options.method)]
-        for row, logp in zip(read, all_logps(model, read, 2 * options.batch_size, "reference: log-probs").tolist()):
+        start, rows = time.perf_counter(), list({id(r): r for e in examples for r in e if reads_reference(r, options.method)}.values())
+        for row, logp in zip(rows, all_logps(model, rows, options, "reference").tolist()):
             row["ref_logp"] = logp
         reference_seconds = time.perf_counter() - start
         with open(out / "log.jsonl", "w") as log_file:
-            tokens, seconds = train(model, rows, options, log_file)
-        samples = len(rows) * options.epochs
+            tokens, seconds = train(model, examples, options, log_file)
+        samples = sum(map(len, examples)) * options.epochs
         results["train"] = {"samples": samples, "tokens": tokens, "seconds": seconds, "reference_seconds": reference_seconds,
                             "samples_per_second": samples / seconds, "peak_memory_bytes": peak_memory(device)}
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
-        results["after"], _, after = evaluate(model, tokenizer, test_rows, options, "after", test_ref_logps)
-        columns = {"before": before, "after": after}
+        results["after"], _, generations["after"] = evaluate(model, tokenizer, test_rows, options, "after", ref_logps)
     (out / "metrics.json").write_text(json.dumps(results, indent=2) + "\n")
-    with open(out / "samples.jsonl", "w", encoding="utf-8") as file:
-        for row in zip(*columns.values()):
-            file.write(json.dumps({"prompt": row[0]["prompt"], **dict(zip(columns, row))}, ensure_ascii=False) + "\n")
-    report({name: results[name] for name in columns}, columns)
-    print(f"saved to {out}")
+    (out / "samples.jsonl").write_text("".join(
+        json.dumps({"prompt": prompt, **{column: texts[prompt] for column, texts in generations.items()}}) + "\n"
+        for prompt in next(iter(generations.values()))))
+    report({column: results[column] for column in generations}, generations)
+    print(f"\nsaved to {out}")
     return results
 
 
