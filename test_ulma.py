@@ -16,7 +16,8 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ulma
-from ulma import implicit_reward, pointwise_dpo_loss, response_logps, sft_loss, ulma_loss
+from ulma import (concordance, dpo_loss, implicit_reward, pointwise_dpo_loss, prior_log_z, response_logps, sft_loss,
+                  ulma_loss, unlikelihood_loss)
 
 HERE = Path(ulma.__file__).parent
 LOSSES = {"pointwise-dpo": pointwise_dpo_loss, "ulma": ulma_loss}
@@ -64,7 +65,26 @@ def test_every_loss_is_its_equation(beta, log_z):
         assert pointwise_dpo_loss(*at, labels[i], beta, log_z).item() == pytest.approx(binary)
         assert pointwise_dpo_loss(*at, graded[i], beta, log_z, continuous=True).item() == pytest.approx((score - r) ** 2)
         assert ulma_loss(*at, labels[i], beta, log_z).item() == pytest.approx(z * -logp + (1 - z) * binary)
-        assert ulma_loss(*at, graded[i], beta, log_z, continuous=True).item() == pytest.approx(-logp if score == 1 else (score - r) ** 2)
+        squared = -logp if score == 1 else (score - r) ** 2
+        assert ulma_loss(*at, graded[i], beta, log_z, continuous=True).item() == pytest.approx(squared)
+        assert unlikelihood_loss(logps[i], labels[i]).item() == pytest.approx(-logp if z else logp)
+
+
+def test_pairwise_dpo_is_its_equation_and_its_gradient():
+    (logps_w, ref_w, _), (logps_l, ref_l, _) = draw(seed=1), draw(seed=2)
+    loss = dpo_loss(logps_w, logps_l, ref_w, ref_l, 0.3)
+    gaps = [0.3 * ((a - b) - (c - d)) for a, b, c, d in zip(*(t.tolist() for t in (logps_w, ref_w, logps_l, ref_l)))]
+    assert loss.tolist() == pytest.approx([-math.log(sigma(gap)) for gap in gaps])
+    assert grad(loss, logps_w) == pytest.approx([-0.3 * sigma(-gap) for gap in gaps])  # −β σ(r_l − r_w) (∇_w − ∇_l)
+    assert grad(dpo_loss(logps_w, logps_l, ref_w, ref_l, 0.3), logps_l) == pytest.approx([0.3 * sigma(-gap) for gap in gaps])
+
+
+def test_log_z_cancels_between_the_two_responses_of_a_pair_but_not_in_a_single_one():
+    (logps_w, ref_w, _), (logps_l, ref_l, _) = draw(seed=1), draw(seed=2)
+    gap = implicit_reward(logps_w, ref_w, 0.3, 7.0) - implicit_reward(logps_l, ref_l, 0.3, 7.0)
+    torch.testing.assert_close(-gap.sigmoid().log(), dpo_loss(logps_w, logps_l, ref_w, ref_l, 0.3))
+    single = pointwise_dpo_loss(logps_w, ref_w, torch.ones(64), 0.3, 7.0)
+    assert not torch.allclose(single, pointwise_dpo_loss(logps_w, ref_w, torch.ones(64), 0.3))
 
 
 def test_hand_worked_values():
@@ -76,7 +96,8 @@ def test_hand_worked_values():
     continuous = [(1 - math.log(2)) ** 2, math.log(2) ** 2]
     assert pointwise_dpo_loss(logps, ref_logps, labels, 0.5, continuous=True).tolist() == pytest.approx(continuous)
     # And with log Z = log 4: r = ½ (log 4 + log 4) = log 4, σ(r) = ⅘.
-    assert pointwise_dpo_loss(logps, ref_logps, labels, 0.5, math.log(4)).tolist() == pytest.approx([math.log(5 / 4), math.log(5)])
+    with_log_z = pointwise_dpo_loss(logps, ref_logps, labels, 0.5, math.log(4))
+    assert with_log_z.tolist() == pytest.approx([math.log(5 / 4), math.log(5)])
 
 
 def test_the_default_beta_is_the_papers_and_log_z_is_0():
@@ -98,8 +119,9 @@ def test_labels_may_be_bool_int_or_float():
     logps, ref_logps, labels = draw()
     for loss in LOSSES.values():
         for continuous in (False, True):
-            results = [loss(logps, ref_logps, labels.to(kind), continuous=continuous) for kind in (torch.bool, torch.int64, torch.float32)]
-            assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+            as_bool, as_int, as_float = (loss(logps, ref_logps, labels.to(kind), continuous=continuous)
+                                         for kind in (torch.bool, torch.int64, torch.float32))
+            assert torch.equal(as_bool, as_int) and torch.equal(as_bool, as_float)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -125,7 +147,8 @@ def test_the_pointwise_dpo_gradient_is_minus_beta_times_z_minus_sigma():
 def test_the_continuous_gradient_is_minus_2_beta_times_z_minus_r():
     logps, ref_logps, _ = draw()
     scores = torch.rand(64, dtype=torch.float64)
-    expected = [-2 * 0.3 * (z - 0.3 * (a - b + 0.5)) for a, b, z in zip(logps.tolist(), ref_logps.tolist(), scores.tolist())]
+    rewards = [0.3 * (a - b + 0.5) for a, b in zip(logps.tolist(), ref_logps.tolist())]
+    expected = [-2 * 0.3 * (z - r) for z, r in zip(scores.tolist(), rewards)]
     assert grad(pointwise_dpo_loss(logps, ref_logps, scores, 0.3, 0.5, continuous=True), logps) == pytest.approx(expected)
 
 
@@ -156,7 +179,8 @@ def test_ulma_is_sft_on_demonstrations_and_pointwise_dpo_on_the_rest(continuous)
     logps, ref_logps, _ = draw()
     ones, zeros = torch.ones(64), torch.zeros(64)
     assert torch.equal(ulma_loss(logps, ref_logps, ones, 0.2, 1.0, continuous), sft_loss(logps))
-    assert torch.equal(ulma_loss(logps, ref_logps, zeros, 0.2, 1.0, continuous), pointwise_dpo_loss(logps, ref_logps, zeros, 0.2, 1.0, continuous))
+    preference = pointwise_dpo_loss(logps, ref_logps, zeros, 0.2, 1.0, continuous)
+    assert torch.equal(ulma_loss(logps, ref_logps, zeros, 0.2, 1.0, continuous), preference)
 
 
 def test_in_continuous_ulma_only_a_score_of_exactly_1_is_a_demonstration():
@@ -174,7 +198,22 @@ def test_a_demonstrations_loss_does_not_depend_on_the_reference():
 def test_where_policy_and_reference_agree_every_binary_preference_term_is_log_2():
     logps, _, labels = draw()
     assert pointwise_dpo_loss(logps, logps.detach(), labels).tolist() == pytest.approx([math.log(2)] * 64)
-    assert ulma_loss(logps, logps.detach(), labels)[labels == 0].tolist() == pytest.approx([math.log(2)] * (labels == 0).sum())
+    negatives = ulma_loss(logps, logps.detach(), labels)[labels == 0].tolist()
+    assert negatives == pytest.approx([math.log(2)] * len(negatives))
+
+
+@pytest.mark.parametrize("continuous", [False, True])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_with_the_label_priors_log_z_the_mean_gradient_over_rewards_starts_at_zero_and_with_0_it_does_not(continuous, share):
+    labels = (torch.arange(60) < 60 * share).double()
+    for log_z, balanced in ((prior_log_z(labels.mean().item(), 0.3, continuous), True), (0.0, share == 0.5 and not continuous)):
+        logps = torch.zeros(60, dtype=torch.float64, requires_grad=True)  # π_θ = π_ref
+        pull = sum(grad(pointwise_dpo_loss(logps, torch.zeros(60), labels, 0.3, log_z, continuous), logps))
+        assert (abs(pull) < 1e-9) is balanced
+
+
+def test_on_balanced_binary_labels_the_label_priors_log_z_is_the_papers_0():
+    assert prior_log_z(0.5) == 0 and prior_log_z(0.2, beta=2.0) == pytest.approx(math.log(0.25) / 2)
 
 
 def recover(continuous, drop_log_z=False, beta=0.5):
@@ -185,7 +224,8 @@ def recover(continuous, drop_log_z=False, beta=0.5):
     optimum = ref * (reward / beta).exp() / z
     log_z = 0.0 if drop_log_z else z.log()
     logits = torch.zeros(6, dtype=torch.float64, requires_grad=True)
-    solver = torch.optim.LBFGS([logits], max_iter=2000, tolerance_grad=1e-13, tolerance_change=0, line_search_fn="strong_wolfe")
+    solver = torch.optim.LBFGS([logits], max_iter=2000, tolerance_grad=1e-13, tolerance_change=0,
+                               line_search_fn="strong_wolfe")
 
     def expected_loss():  # over responses from π_ref, and over labels: z ~ Bernoulli(σ(r)), or z = r + noise
         solver.zero_grad()
@@ -230,7 +270,8 @@ ARCHITECTURES = {  # several of these scale or cap their logits, in ways that ch
 def tiny(name, **changes):
     """A random model, in train mode, with logits far from uniform."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(name, **{**ARCHITECTURES[name], **changes}))
+    config = transformers.AutoConfig.for_model(name, **{**ARCHITECTURES[name], **changes})
+    model = AutoModelForCausalLM.from_config(config)
     for parameter in model.get_output_embeddings().parameters():
         parameter.data *= 20
     ulma.disable_dropout(model)
@@ -239,20 +280,23 @@ def tiny(name, **changes):
 
 def batch(side, prompts=(5, 1, 3, 7), responses=(4, 6, 1, 0)):
     """input_ids, attention_mask, response_mask with padding on one side, and the unpadded (prompt, response) rows."""
-    rng, width = random.Random(0), max(map(sum, zip(prompts, responses)))
-    rows = [([rng.randrange(3, 61) for _ in range(p)], [rng.randrange(3, 61) for _ in range(r)]) for p, r in zip(prompts, responses)]
-    tensors = []
-    for fill in (lambda p, r: p + r, lambda p, r: [1] * len(p + r), lambda p, r: [0] * len(p) + [1] * len(r)):
-        padded = [[0] * (width - len(fill(p, r))) + fill(p, r) if side == "left" else fill(p, r) + [0] * (width - len(fill(p, r)))
-                  for p, r in rows]
-        tensors.append(torch.tensor(padded))
-    return (*tensors, rows)
+    rng, width = random.Random(0), max(p + r for p, r in zip(prompts, responses))
+    rows = [([rng.randrange(3, 61) for _ in range(p)], [rng.randrange(3, 61) for _ in range(r)])
+            for p, r in zip(prompts, responses)]
+
+    def padded(values):
+        return torch.tensor([[0] * (width - len(v)) + v if side == "left" else v + [0] * (width - len(v)) for v in values])
+
+    return (padded([p + r for p, r in rows]), padded([[1] * len(p + r) for p, r in rows]),
+            padded([[0] * len(p) + [1] * len(r) for p, r in rows]), rows)
 
 
 def token_by_token(model, rows):
     """Σ log π(y_t | x, y_<t), each term from a forward pass of its own over an unpadded prefix."""
-    return torch.stack([sum((model(input_ids=torch.tensor([p + r[:t]])).logits[0, -1].log_softmax(-1)[r[t]] for t in range(len(r))),
-                            torch.zeros(())) for p, r in rows])
+    def term(prefix, token):
+        return model(input_ids=torch.tensor([prefix])).logits[0, -1].log_softmax(-1)[token]
+
+    return torch.stack([sum((term(p + r[:t], r[t]) for t in range(len(r))), torch.zeros(())) for p, r in rows])
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -263,13 +307,12 @@ def test_response_logps_is_the_sum_over_response_tokens_alone(name, side):
     expected, actual = token_by_token(model, rows), response_logps(model, input_ids, attention_mask, response_mask)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     assert actual.dtype == torch.float32 and actual[3] == 0  # the last row has no response
-    one, other = ([g for g in torch.autograd.grad(total.sum(), list(model.parameters()))] for total in (actual, expected))
-    for a, b in zip(one, other):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+    gradients = (torch.autograd.grad(total.sum(), list(model.parameters())) for total in (actual, expected))
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", [torch.bool, torch.int64, torch.float32])
-def test_masks_may_be_of_any_type_and_attention_mask_may_be_none_if_padding_is_on_the_right(kind):
+def test_masks_may_be_of_any_type_and_with_padding_on_the_right_attention_mask_may_be_none(kind):
     model = tiny("llama")
     input_ids, attention_mask, response_mask, rows = batch("right")
     expected = response_logps(model, input_ids, attention_mask, response_mask)
@@ -308,10 +351,284 @@ def test_gradient_checkpointing_and_frozen_heads_change_nothing():
     torch.testing.assert_close(*grads)
 
 
-def test_dropout_is_off_in_training_too():
-    torch.manual_seed(0)
-    for name in ("gpt2", "llama"):
-        model = tiny(name, **({"attn_pdrop": 0.5, "resid_pdrop": 0.5, "embd_pdrop": 0.5} if name == "gpt2" else {"attention_dropout": 0.5}))
-        input_ids, attention_mask, response_mask, _ = batch("right")
-        assert model.training
-        assert torch.equal(*(response_logps(model, input_ids, attention_mask, response_mask) for _ in range(2)))
+@pytest.mark.parametrize("name, rates", [("gpt2", ("attn_pdrop", "resid_pdrop", "embd_pdrop")),
+                                         ("llama", ("attention_dropout",))])
+def test_dropout_is_off_in_training_too(name, rates):
+    model = tiny(name, **{rate: 0.5 for rate in rates})
+    input_ids, attention_mask, response_mask, _ = batch("right")
+    assert model.training
+    assert torch.equal(*(response_logps(model, input_ids, attention_mask, response_mask) for _ in range(2)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def point(i, label=1, **more):
+    return {"prompt": f"Question {i}?", "completion": f" Answer {i}.", "label": label, **more}
+
+
+def load(data, **options):
+    return ulma.load_rows(ulma.Options(data=str(data), **options))
+
+
+def error_of(capsys, call, *args, **kwargs):
+    """The one line that a user's mistake gets."""
+    with pytest.raises(SystemExit) as stop:
+        call(*args, **kwargs)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert stop.value.code == 2 and len(lines) == 1
+    return lines[0]
+
+
+def test_a_pointwise_row_is_taken_as_it_is(tmp_path):
+    labels = [1, 0] * 10
+    train_rows, test_rows = load(write(tmp_path / "rows.jsonl", [point(i, label) for i, label in enumerate(labels)]))
+    assert sorted(r["prompt"] for r in train_rows + test_rows) == sorted(f"Question {i}?" for i in range(20))
+    assert all(r["label"] == labels[int(r["prompt"][9:-1])] for r in train_rows + test_rows)
+
+
+@pytest.mark.parametrize("with_prompt", [False, True])
+def test_a_pair_becomes_two_pointwise_rows(tmp_path, with_prompt):
+    prompt = "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Bye\n\nAssistant:"
+    rows = [{"chosen": f"{prompt} Take care.", "rejected": f"{prompt} Go away."}]
+    if with_prompt:
+        rows = [{"prompt": prompt, "chosen": " Take care.", "rejected": " Go away."}]
+    for split in ("train", "test"):
+        write(tmp_path / "data" / f"{split}.jsonl", rows)
+    for part in load(tmp_path / "data"):
+        assert [(r["prompt"], r["completion"], r["label"]) for r in part] == [
+            (prompt, " Take care.", 1), (prompt, " Go away.", 0)]
+
+
+def test_gz_files_and_folders_hold_the_same_rows(tmp_path):
+    lines = "".join(json.dumps(point(i)) + "\n" for i in range(20))
+    with gzip.open(tmp_path / "rows.jsonl.gz", "wt") as file:
+        file.write(lines)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "train.jsonl").write_text(lines)
+    from_file, from_folder = load(tmp_path / "rows.jsonl.gz"), load(tmp_path / "folder")
+    assert [[r["prompt"] for r in part] for part in from_file] == [[r["prompt"] for r in part] for part in from_folder]
+
+
+def test_without_a_test_split_a_seeded_tenth_of_the_prompts_is_held_out(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [point(i % 50, label=i % 2) for i in range(200)])
+    (train_rows, test_rows), again, other = load(path), load(path), load(path, seed=1)
+    train_prompts, test_prompts = ({r["prompt"] for r in part} for part in (train_rows, test_rows))
+    assert len(train_prompts) == 45 and len(test_prompts) == 5 and not train_prompts & test_prompts
+    assert len(train_rows) == 180 and len(test_rows) == 20
+    assert again == (train_rows, test_rows) and other != again
+
+
+def test_dpo_takes_every_positive_with_every_negative_of_its_prompt_and_sft_the_demonstrations():
+    rows = [{"prompt": p, "label": z} for p, z in (("a", 1), ("a", 0), ("a", 0), ("b", 1), ("c", 0))]
+    assert ulma.make_examples(rows, "dpo") == [(rows[0], rows[1]), (rows[0], rows[2])]
+    assert ulma.make_examples(rows, "sft") == [(rows[0],), (rows[3],)]
+    assert ulma.make_examples(rows, "ulma") == [(row,) for row in rows]
+
+
+@pytest.mark.parametrize("max_length, prompt, response", [
+    (8, [10, 11, 12, 13], [20, 21, 22, 2]), (7, [11, 12, 13], [20, 21, 22, 2]), (5, [12, 13], [20, 21, 22]), (2, [13], [20])])
+def test_truncation_keeps_the_end_of_the_prompt_and_the_start_of_the_completion(max_length, prompt, response):
+    def tokenizer(texts, **kwargs):
+        return transformers.BatchEncoding({"input_ids": [[int(token) for token in text.split()] for text in texts]})
+
+    tokenizer.eos_token_id = 2
+    row = {"prompt": "10 11 12 13", "completion": "20 21 22", "where": "row 1"}
+    ulma.tokenize([row], tokenizer, max_length)
+    assert row["input_ids"] == prompt + response and row["prompt_length"] == len(prompt)
+
+
+def test_a_row_without_prompt_tokens_is_an_error_that_names_it(capsys):
+    def tokenizer(texts, **kwargs):
+        return transformers.BatchEncoding({"input_ids": [[] for _ in texts]})
+
+    tokenizer.eos_token_id = 2
+    assert "row 7" in error_of(capsys, ulma.tokenize, [{"prompt": "?", "completion": "!", "where": "row 7"}], tokenizer, 9)
+
+
+def test_the_response_is_the_completion_and_its_end_of_sequence_token():
+    tokenizer = AutoTokenizer.from_pretrained(HERE / "data" / "base")
+    row = {"prompt": "\n\nHuman: How do I clean a lamp?\n\nAssistant:", "completion": " Dust it.", "where": "row 1"}
+    ulma.tokenize([row], tokenizer, 512)
+    assert tokenizer.decode(row["input_ids"][:row["prompt_length"]]) == row["prompt"]
+    assert tokenizer.decode(row["input_ids"][row["prompt_length"]:]) == row["completion"] + tokenizer.eos_token
+
+
+@pytest.mark.parametrize("bad, told", [
+    ({"label": 2}, "the label is 2"), ({"label": None}, "the label is None"), ({"label": 0.5}, "--continuous"),
+    ({"completion": ""}, "the completion is ''"), ({"prompt": None}, "the prompt is None")])
+def test_a_malformed_row_stops_the_run_before_the_model_loads_and_is_named(tmp_path, capsys, monkeypatch, bad, told):
+    monkeypatch.setattr(ulma, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    path = write(tmp_path / "rows.jsonl", [point(1), point(2), {**point(3), **bad}, point(4)])
+    message = error_of(capsys, ulma.main, ["--data", str(path), "--output-dir", str(tmp_path / "out")])
+    assert f"{path}, train row 3" in message and told in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_transcript_without_an_assistant_turn_is_named(tmp_path, capsys):
+    rows = [{"chosen": "\n\nHuman: Hi\n\nAssistant: Hello", "rejected": "Hi"}]
+    assert "train row 1" in error_of(capsys, load, write(tmp_path / "rows.jsonl", rows))
+
+
+def test_batches_hold_every_row_once_an_epoch_in_an_order_of_the_seeds_and_alike_in_length():
+    rng = random.Random(0)
+    examples = [({"id": i, "length": rng.randrange(5, 500)},) for i in range(1003)]
+    batches = ulma.bucketed_batches(examples, 8, random.Random(1))
+    assert sorted(r["id"] for batch in batches for r, in batch) == list(range(1003))
+    assert sorted(map(len, batches)) == [3] + [8] * 125
+    assert batches == ulma.bucketed_batches(examples, 8, random.Random(1)) != ulma.bucketed_batches(examples, 8, random.Random(2))
+    padded = sum(len(batch) * max(r["length"] for r, in batch) for batch in batches)
+    assert padded < 1.1 * sum(r["length"] for r, in examples)
+
+
+def test_the_embedded_rows_are_what_their_script_writes_and_no_test_combination_is_trained_on():
+    sys.path.insert(0, str(HERE / "data"))
+    import make_data
+    made = {"train": make_data.train_rows(random.Random(make_data.SEED)),
+            "test": make_data.test_rows(random.Random(make_data.SEED + 1), make_data.split()[1])}
+    for split, rows in made.items():
+        assert (HERE / "data" / f"{split}.jsonl").read_bytes() == make_data.lines(rows).encode()
+        assert all(r["label"] == (r["score"] >= 0.8) and (r["score"] == 1) == (r["kind"] == "full") for r in rows)
+    assert all((r["completion"] in r["references"]) == r["label"] for r in made["test"])
+    train, test = make_data.split()
+    assert not any(set(train[verb]) & set(test[verb]) for verb in make_data.VERBS)
+    assert {r["demonstrated"] for r in made["train"] if r["label"]} == {True}
+    assert {r["type"] for r in made["train"] if not r["label"]} == set(make_data.VERBS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation, and the command line end to end
+
+
+def test_reward_auc_is_the_share_of_pairs_in_order_with_ties_a_half():
+    def auc(scores, labels):
+        return concordance(torch.tensor(scores), torch.tensor(labels))
+
+    assert auc([3.0, 2.0, 1.0], [1, 1, 0]) == 1 and auc([1.0, 2.0], [1, 0]) == 0 and auc([1.0, 1.0], [1, 0]) == 0.5
+    assert auc([1.0, 3.0, 2.0, 2.0], [1.0, 0.5, 0.5, 0.0]) == (0 + 0 + 0 + 1 + 0.5) / 5  # graded: equal labels are no pair
+    assert auc([1.0, 2.0], [1, 1]) is None
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A folder with a tenth of the embedded data: 24 pairs and 48 thumbs-down to train on, 24 prompts to test on."""
+    folder = tmp_path_factory.mktemp("small")
+    train, test = ([json.loads(line) for line in (HERE / "data" / f"{split}.jsonl").read_text().splitlines()]
+                   for split in ("train", "test"))
+    pairs = [r["prompt"] for r in train if r["label"]][:24]
+    write(folder / "train.jsonl", [r for r in train if r["prompt"] in pairs] + [r for r in train if not r["demonstrated"]][:48])
+    write(folder / "test.jsonl", [r for i in range(0, 480, 20) for r in test[i:i + 2]])
+    (folder / "README.md").write_text((HERE / "data" / "README.md").read_text())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(small, tmp_path_factory):
+    """run(flags): the metrics and output folder of a run of a few seconds."""
+    def call(*flags):
+        out = tmp_path_factory.mktemp("runs") / "out"
+        defaults = ("--model", HERE / "data" / "base", "--data", small, "--epochs", 1, "--output-dir", out)
+        return ulma.main([*map(str, defaults), *map(str, flags)]), out
+    return call
+
+
+def weights(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+
+
+@pytest.mark.parametrize("flags", [
+    ("--method", "ulma"), ("--method", "pointwise-dpo"), ("--method", "sft"), ("--method", "unlikelihood"),
+    ("--method", "dpo"), ("--method", "ulma", "--continuous"), ("--method", "pointwise-dpo", "--continuous"),
+    ("--method", "ulma", "--length-normalize"), ("--log-z", "0", "--gradient-checkpointing", "--gradient-accumulation", "3")],
+    ids=" ".join)
+def test_every_method_trains_from_end_to_end(run, flags):
+    results, out = run(*flags)
+    assert json.loads((out / "metrics.json").read_text()) == results
+    train = results["train"]
+    assert train["samples"] > 0 and train["peak_memory_bytes"] > 2**20 and train["tokens"] > train["samples"]
+    for when in ("before", "after"):
+        assert results[when]["perplexity"] > 1
+        for how in ("sampled", "greedy"):
+            groups = results[when]["exact_match"][how]
+            assert groups["all"] == pytest.approx((groups["demonstrated"] + groups["undemonstrated"]) / 2)
+    assert results["before"]["reward_auc"] == 0.5
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert all(math.isfinite(line["loss"]) and line["tokens_per_second"] > 0 for line in log)
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 24 and len(samples[0]["before"]["sampled"]) == ulma.SAMPLES
+    before, after = weights(HERE / "data" / "base"), weights(out)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    AutoTokenizer.from_pretrained(out)
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_does_not(run):
+    one, two, other = (weights(run("--seed", seed)[1]) for seed in (3, 3, 4))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def test_gradient_accumulation_gives_the_gradient_of_the_whole_batch(run):
+    """All 96 rows in one step, at once and as micro-batches of 10 and a last one of 6."""
+    start, whole, parts = (torch.cat([w.flatten() for w in weights(folder).values()]) for folder in (
+        HERE / "data" / "base", run("--batch-size", 96)[1], run("--batch-size", 10, "--gradient-accumulation", 10)[1]))
+    assert (whole - parts).norm() < 0.01 * (whole - start).norm()
+
+
+def test_reference_log_probabilities_are_computed_once_and_only_for_rows_whose_loss_reads_them(run, monkeypatch):
+    seen, original = {}, ulma.all_logps
+
+    def spy(model, rows, options, title):
+        seen[title] = rows
+        return original(model, rows, options, title)
+
+    monkeypatch.setattr(ulma, "all_logps", spy)
+    for method, labels in (("ulma", {0}), ("pointwise-dpo", {0, 1}), ("sft", set()), ("unlikelihood", set())):
+        run("--method", method)
+        assert {r["label"] for r in seen["reference"]} == labels
+
+
+def test_eval_only_gives_a_finished_runs_figures_again(run):
+    results, out = run("--learning-rate", 1e-3)
+    again, _ = run("--eval-only", "--model", out)
+    assert dict(ulma.flatten(again["eval"])) == pytest.approx(dict(ulma.flatten(results["after"])))
+    assert again["eval"]["reward_auc"] != 0.5
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_the_step_and_the_rows(run, capsys, monkeypatch):
+    monkeypatch.setattr(ulma, "method_loss", lambda logps, *_: logps / 0)
+    message = error_of(capsys, run)
+    assert "step 1:" in message and "train row" in message
+
+
+def test_an_output_folder_with_files_in_it_is_never_overwritten(run, tmp_path, capsys):
+    write(tmp_path / "kept.jsonl", [point(1)])
+    assert str(tmp_path) in error_of(capsys, run, "--output-dir", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept.jsonl"]
+
+
+@pytest.mark.parametrize("flags, told", [
+    (("--beta", "0"), "--beta"), (("--max-length", "1"), "--max-length"), (("--max-length", "4096"), "1024"),
+    (("--log-z", "much"), "--log-z"), (("--data", "nowhere"), "nowhere"), (("--model", "nowhere"), "nowhere"),
+    (("--methd", "sft"), "--methd")])
+def test_a_mistake_on_the_command_line_gets_one_clear_line(run, capsys, monkeypatch, flags, told):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert told in error_of(capsys, run, *flags)
+
+
+def test_the_readmes_command_aligns_the_embedded_model(tmp_path):
+    command = [sys.executable, "ulma.py", "--method", "ulma", "--output-dir", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    before, after = (results[when]["exact_match"]["sampled"] for when in ("before", "after"))
+    assert 0.20 < before["all"] < 0.45 and after["all"] >= 0.80
+    assert after["undemonstrated"] > before["undemonstrated"] + 0.3
+    assert results["after"]["reward_auc"] > 0.95 and results["after"]["perplexity"] < results["before"]["perplexity"]
+    assert "exact_match" in done.stdout and "saved to" in done.stdout

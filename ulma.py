@@ -11,6 +11,7 @@ the data, evaluation, training, the command line.
 """
 import json
 import math
+import os
 import random
 import sys
 import time
@@ -65,6 +66,15 @@ def ulma_loss(logps, ref_logps, labels, beta=0.1, log_z=0.0, continuous=False):
     """
     preference = pointwise_dpo_loss(logps, ref_logps, labels, beta, log_z, continuous)
     return torch.where(labels == 1, sft_loss(logps), preference)
+
+
+def prior_log_z(mean_label, beta=0.1, continuous=False):
+    """A log Z(x) for when the true one is unknown: the one that makes r_θ predict the mean label where π_θ = π_ref.
+
+    So β log Z = logit(mean label), and the mean label itself for the continuous loss: the intercept of a regression
+    of z on the log-ratio, whose slope starts at zero. 0, the paper's setting, on balanced binary labels.
+    """
+    return (mean_label if continuous else math.log(mean_label / (1 - mean_label))) / beta
 
 
 def unlikelihood_loss(logps, labels):
@@ -128,16 +138,14 @@ def pointwise_rows(row, where, continuous):
 
     A pair without `prompt` is two transcripts, as in HH-RLHF, where the prompt ends at the last "\n\nAssistant:".
     """
-    if "chosen" in row and "rejected" in row:
-        responses = [(row["chosen"], 1), (row["rejected"], 0)]
-    else:
-        responses = [(row.get("completion"), row.get("score" if continuous and "score" in row else "label"))]
+    pair = "chosen" in row and "rejected" in row
+    label = row.get("score" if continuous and "score" in row else "label")
     rows = []
-    for completion, label in responses:
+    for completion, label in [(row["chosen"], 1), (row["rejected"], 0)] if pair else [(row.get("completion"), label)]:
         prompt = row.get("prompt")
-        if "chosen" in row and "prompt" not in row:
-            start, turn, completion = str(completion).rpartition("\n\nAssistant:")
-            prompt = start + turn
+        if pair and "prompt" not in row:
+            prompt, turn, completion = str(completion).rpartition("\n\nAssistant:")
+            prompt += turn
         for name, text in (("prompt", prompt), ("completion", completion)):
             if not isinstance(text, str) or not text:
                 fail(f"{where}: the {name} is {text!r}; write text that is not empty (columns here: {', '.join(row)})")
@@ -167,12 +175,12 @@ def load_rows(options):
         test_rows = [r for r in train_rows if r["prompt"] in held_out]
         train_rows = [r for r in train_rows if r["prompt"] not in held_out]
     if not train_rows or not test_rows:
-        fail(f"--data {options.data} leaves {len(train_rows)} rows to train on and {len(test_rows)} to test on; add some")
+        fail(f"--data {options.data} leaves {len(train_rows)} rows to train on, {len(test_rows)} to test on; add some")
     return train_rows, test_rows
 
 
 def make_examples(rows, method):
-    """What one term of the loss reads: a row, in SFT a demonstration, in DPO a positive and a negative of one prompt."""
+    """What a term of the loss reads: a row; in SFT a demonstration; in DPO a positive and a negative of one prompt."""
     if method != "dpo":
         return [(r,) for r in rows if method != "sft" or r["label"] == 1]
     prompts = {}
@@ -182,7 +190,7 @@ def make_examples(rows, method):
 
 
 def tokenize(rows, tokenizer, max_length):
-    """Adds `input_ids` and `prompt_length` to the rows. Prompt and completion apart, so that no token spans both."""
+    """Adds input_ids, prompt_length and length to the rows. Prompt and completion apart: no token spans both."""
     prompts = tokenizer([r["prompt"] for r in rows]).input_ids
     completions = tokenizer([r["completion"] for r in rows], add_special_tokens=False).input_ids
     for row, prompt, completion in zip(rows, prompts, completions):
@@ -194,29 +202,44 @@ def tokenize(rows, tokenizer, max_length):
         # Too long: the end of the prompt and the start of the completion stay, each with at least half the room.
         prompt = prompt[-max(max_length - len(completion), max_length // 2):]
         row["input_ids"], row["prompt_length"] = (prompt + completion)[:max_length], len(prompt)
+        row["length"] = len(row["input_ids"])
 
 
-def length(row):
-    return len(row["input_ids"])
-
-
-def collate(rows, device):
-    """input_ids (B, T), padded on the right, and response_mask (B, T), which stays on the CPU (see response_logps)."""
-    input_ids = pad_sequence([torch.tensor(r["input_ids"]) for r in rows], batch_first=True)
-    if device.type == "cuda":
-        input_ids = input_ids.pin_memory()
-    lengths, prompt_lengths = torch.tensor([[length(r), r["prompt_length"]] for r in rows]).T[..., None]
-    position = torch.arange(input_ids.shape[1])
-    return input_ids.to(device, non_blocking=True), (prompt_lengths <= position) & (position < lengths)
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
 
 
 def bucketed_batches(examples, batch_size, rng):
     """Batches of examples of like length, little of them padding: shuffle, sort in windows of 50 batches, shuffle."""
     examples, window = rng.sample(examples, len(examples)), 50 * batch_size
     examples = [e for i in range(0, len(examples), window)
-                for e in sorted(examples[i:i + window], key=lambda e: max(map(length, e)))]
+                for e in sorted(examples[i:i + window], key=lambda e: max(r["length"] for r in e))]
     batches = [examples[i:i + batch_size] for i in range(0, len(examples), batch_size)]
     return rng.sample(batches, len(batches))
+
+
+def batch_logps(model, rows, options):
+    """log π_θ(y|x) of rows: (len(rows),), on the model's device; a mean over tokens with --length-normalize."""
+    cuda = model.device.type == "cuda"
+    input_ids = pad_sequence([torch.tensor(r["input_ids"]) for r in rows], batch_first=True)
+    lengths, prompt_lengths = torch.tensor([[r["length"], r["prompt_length"]] for r in rows]).T[..., None]
+    position = torch.arange(input_ids.shape[1])
+    response_mask = (prompt_lengths <= position) & (position < lengths)
+    input_ids = (input_ids.pin_memory() if cuda else input_ids).to(model.device, non_blocking=True)
+    with torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext():  # the weights stay float32
+        logps = response_logps(model, input_ids, None, response_mask)
+    return logps / response_mask.sum(1).to(logps.device) if options.length_normalize else logps
+
+
+@torch.no_grad()
+def all_logps(model, rows, options, title):
+    """batch_logps of all rows: (len(rows),), on the CPU. Longest first: what does not fit in memory fails at once."""
+    order, logps = sorted(range(len(rows)), key=lambda i: -rows[i]["length"]), torch.zeros(len(rows))
+    model.eval()
+    for i in tqdm(range(0, len(rows), 2 * options.batch_size), desc=f"{title}: log-probs", unit="batch"):
+        part = order[i:i + 2 * options.batch_size]
+        logps[part] = batch_logps(model, [rows[j] for j in part], options).cpu()
+    return logps
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -225,29 +248,9 @@ def bucketed_batches(examples, batch_size, rng):
 SAMPLES, SHOWN = 4, 4  # samples a test prompt with references; prompts to show, and to sample where none has references
 
 
-def batch_logps(model, rows, options):
-    """log π_θ(y|x) of rows: (len(rows),), on the model's device; a mean over tokens with --length-normalize."""
-    input_ids, response_mask = collate(rows, model.device)
-    cuda = model.device.type == "cuda"  # bfloat16 there, and the weights stay float32
-    with torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext():
-        logps = response_logps(model, input_ids, None, response_mask)
-    return logps / response_mask.sum(1).to(logps.device) if options.length_normalize else logps
-
-
-@torch.no_grad()
-def all_logps(model, rows, options, title):
-    """batch_logps of all rows: (len(rows),), on the CPU. Longest first: what does not fit in memory fails at once."""
-    order, logps = sorted(range(len(rows)), key=lambda i: -length(rows[i])), torch.zeros(len(rows))
-    model.eval()
-    for i in tqdm(range(0, len(rows), 2 * options.batch_size), desc=f"{title}: log-probs", unit="batch"):
-        part = order[i:i + 2 * options.batch_size]
-        logps[part] = batch_logps(model, [rows[j] for j in part], options).cpu()
-    return logps
-
-
 @torch.no_grad()
 def generate(model, tokenizer, rows, max_new_tokens, samples, options, title):
-    """For each row's prompt a list of `samples` completions drawn at temperature 1, or, at 0 samples, the greedy one."""
+    """For each row's prompt a list of `samples` completions drawn at temperature 1; with 0 samples the greedy one."""
     own, texts = model.generation_config, [[] for _ in rows]
     # Swapped, not passed: a model's own defaults (top-p, repetition penalty) would fill in what is left neutral here.
     model.generation_config = GenerationConfig(
@@ -279,7 +282,7 @@ def evaluate(model, tokenizer, rows, options, title, ref_logps=None):
     """(metrics, batch_logps of all rows, {prompt: generations}); without ref_logps the model is its own reference."""
     logps = all_logps(model, rows, options, title)
     labels = torch.tensor([float(r["label"]) for r in rows])
-    tokens = torch.tensor([length(r) - r["prompt_length"] for r in rows])
+    tokens = torch.tensor([r["length"] - r["prompt_length"] for r in rows])
     sums = (logps * tokens if options.length_normalize else logps).double()
     nll = -sums[labels == 1].sum() / tokens[labels == 1].sum()  # nats a token of the demonstrations
     rewards = implicit_reward(logps, logps if ref_logps is None else ref_logps, options.beta)  # only their order counts
@@ -294,28 +297,28 @@ def evaluate(model, tokenizer, rows, options, title, ref_logps=None):
              for name, n in (("sampled", SAMPLES if references[0] else 1), ("greedy", 0))}
     if references[0]:
         groups = {"all": (True, False, None), "demonstrated": (True,), "undemonstrated": (False,)}
-        metrics["exact_match"] = {name: {group: mean(
-            text.strip() in known for r, known, answers in zip(prompts, references, texts[name])
-            if r["demonstrated"] in tags for text in answers) for group, tags in groups.items()} for name in texts}
+        metrics["exact_match"] = {how: {group: mean(
+            text.strip() in known for r, known, answers in zip(prompts, references, texts[how])
+            if r["demonstrated"] in tags for text in answers) for group, tags in groups.items()} for how in texts}
     return metrics, logps, {r["prompt"]: {name: texts[name][i] for name in texts} for i, r in enumerate(prompts)}
+
+
+def flatten(metrics):
+    """The pairs (name, value) of nested metrics."""
+    for key, value in metrics.items():
+        yield from ((f"{key}, {name}", v) for name, v in flatten(value)) if isinstance(value, dict) else [(key, value)]
 
 
 def report(columns, generations):
     """Prints {column: metrics} as a table, and a few of the {column: {prompt: generations}}, side by side."""
     print(f"\n{'':38}" + "".join(f"{column:>8}" for column in columns))
-
-    def lines(name, values):
-        if isinstance(values[0], dict):
-            for key in values[0]:
-                lines(f"{name}, {key}" if name else key.replace("_", " "), [v[key] for v in values])
-        else:
-            print(f"{name:38}" + "".join("     n/a" if v is None else f"{v:8.3f}" for v in values))
-
-    lines("", list(columns.values()))
+    for lines in zip(*map(flatten, columns.values())):
+        print(f"{lines[0][0]:38}" + "".join("     n/a" if value is None else f"{value:8.3f}" for _, value in lines))
     prompts = list(next(iter(generations.values())))
     for prompt in prompts[::math.ceil(len(prompts) / SHOWN)]:
-        print(f"\n{prompt.strip()}", *(f"{column:>8}: {texts[prompt]['sampled'][0].strip()}"
-                                       for column, texts in generations.items()), sep="\n")
+        print("\n" + " ".join(prompt.split())[-110:])
+        for column, texts in generations.items():
+            print(f"{column:>8}:  {texts[prompt]['sampled'][0].strip()}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -342,7 +345,7 @@ def method_loss(logps, ref_logps, labels, options):
 
 
 def disable_dropout(model):
-    """As in the authors' code: then π_θ is π_ref at the start, and train() switches nothing on but checkpointing."""
+    """As in the authors' code, so that π_θ starts at π_ref. train() then switches on no more than checkpointing."""
     for module in model.modules():
         for name in [name for name, value in vars(module).items() if isinstance(value, float)]:
             if "drop" in name or isinstance(module, torch.nn.Dropout):
@@ -354,7 +357,7 @@ def train(model, examples, options, log_file):
     optimizer = torch.optim.AdamW(model.parameters(), options.learning_rate, weight_decay=0.0,
                                   fused=model.device.type == "cuda")
     steps = options.epochs * math.ceil(len(examples) / options.batch_size / options.gradient_accumulation)
-    schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(steps / 10), steps)
+    schedule = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
     rng, tokens, recent, start = random.Random(options.seed), 0, [], time.perf_counter()
     progress = tqdm(total=steps, desc=f"train: {options.method}", unit="step")
     model.train()
@@ -369,23 +372,23 @@ def train(model, examples, options, log_file):
                 losses = method_loss(logps, ref_logps, labels, options)
                 (losses.sum() / sum(map(len, micro_batches))).backward()  # the mean over the step's examples
                 rewards = implicit_reward(logps, ref_logps, options.beta, options.log_z)
-                recent.append((batch, losses.detach(), rows, rewards.detach()))
-                tokens += sum(map(length, rows))
+                recent.append((progress.n + 1, batch, losses.detach(), rows, rewards.detach()))
+                tokens += sum(r["length"] for r in rows)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
             progress.update()
             if progress.n % LOG_EVERY == 0 or progress.n == steps:  # the only wait for the GPU
-                losses = [(example[0], x) for batch, loss, *_ in recent for example, x in zip(batch, loss.tolist())]
-                bad = [row["where"] for row, loss in losses if not math.isfinite(loss)]
-                if bad:
-                    fail(f"by step {progress.n} the loss is not finite, first on {bad[0]}; try a lower --learning-rate")
-                rewards = [(row["label"] > 0.5, r) for *_, rows, reward in recent for row, r in zip(rows, reward.tolist())
-                           if reads_reference(row, options.method)]
-                line = {"step": progress.n, "loss": mean(loss for _, loss in losses),
-                        "reward_positive": mean(r for good, r in rewards if good),
-                        "reward_negative": mean(r for good, r in rewards if not good),
+                for step, batch, losses, *_ in recent:
+                    faults = [e[0]["where"] for e, loss in zip(batch, losses.tolist()) if not math.isfinite(loss)]
+                    if faults:
+                        fail(f"step {step}: the loss is not finite; try a lower --learning-rate. {'; '.join(faults)}")
+                rewards = [(row["label"] > 0.5, reward) for *_, rows, values in recent
+                           for row, reward in zip(rows, values.tolist()) if reads_reference(row, options.method)]
+                line = {"step": progress.n, "loss": torch.cat([losses for _, _, losses, *_ in recent]).mean().item(),
+                        "reward_positive": mean(reward for positive, reward in rewards if positive),
+                        "reward_negative": mean(reward for positive, reward in rewards if not positive),
                         "learning_rate": schedule.get_last_lr()[0],
                         "tokens_per_second": tokens / (time.perf_counter() - start)}
                 log_file.write(json.dumps(line) + "\n")
@@ -406,15 +409,15 @@ class Options:
     data: str = HfArg(default="data", help="a folder, a .jsonl or .jsonl.gz file, or a hub name")
     output_dir: str = HfArg(default="", help="for the model and its records; if not given, a new folder in runs/")
     beta: float = HfArg(default=1.0, help="β, the strength of the KL regulariser")
-    log_z: str = HfArg(default="auto", help="log Z(x), a number; auto makes β log Z the labels' logit (--continuous: mean)")
-    continuous: bool = HfArg(default=False, help="the squared-error losses, on the column `score` (else `label`), 0 to 1")
+    log_z: str = HfArg(default="auto", help="log Z(x); auto: β log Z = logit(mean label), the mean if --continuous")
+    continuous: bool = HfArg(default=False, help="squared-error losses on the column `score` (else `label`), 0 to 1")
     length_normalize: bool = HfArg(default=False, help="log π(y|x) as a mean over tokens, not the paper's sum")
     learning_rate: float = HfArg(default=3e-4, help="AdamW's, reached after a tenth of the steps; then a cosine decay")
     epochs: int = HfArg(default=5, help="passes over the training rows")
     batch_size: int = HfArg(default=16, help="rows a forward pass")
     gradient_accumulation: int = HfArg(default=1, help="forward passes an optimiser step")
     gradient_checkpointing: bool = HfArg(default=False, help="less memory for a third more compute")
-    max_length: int = HfArg(default=512, help="tokens a row: the end of the prompt and the start of the completion stay")
+    max_length: int = HfArg(default=512, help="tokens a row; prompts lose their start, completions their end")
     seed: int = HfArg(default=0, help="of the shuffling, the held-out prompts and the samples")
     eval_only: bool = HfArg(default=False, help="evaluate --model and stop")
 
@@ -426,10 +429,11 @@ def load_model(name, options, device):
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
     except Exception as error:  # transformers raises many kinds
         fail(f"--model {name} cannot be loaded: {' '.join(str(error).split())[:300]}")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if tokenizer.eos_token_id is None:
         fail(f"--model {name}: its tokenizer has no end-of-sequence token, which closes a response; set `eos_token`")
     if options.max_length > getattr(model.config, "max_position_embeddings", sys.maxsize):
-        fail(f"--max-length {options.max_length} is over the {model.config.max_position_embeddings} positions of {name}")
+        fail(f"--max-length {options.max_length} is over the {model.config.max_position_embeddings} that {name} takes")
     disable_dropout(model)
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable()
@@ -440,10 +444,9 @@ def peak_memory(device):
     """Bytes: the most that CUDA's allocator gave since its reset; elsewhere the most this process ever held."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    try:
-        import resource
-    except ImportError:  # Windows
+    if sys.platform == "win32":
         return None
+    import resource  # absent on Windows
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -453,34 +456,37 @@ def main(argv=None):
         if not getattr(options, name) > (name == "max_length"):  # of which prompt and response need one each
             fail(f"--{name.replace('_', '-')} {getattr(options, name)} is too small")
     kind = "eval" if options.eval_only else options.method
-    out = Path(options.output_dir or next(f"runs/{kind}-{n}" for n in count(1) if not Path(f"runs/{kind}-{n}").exists()))
+    fresh = (f"runs/{kind}-{n}" for n in count(1) if not Path(f"runs/{kind}-{n}").exists())
+    out = Path(options.output_dir or next(fresh))
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         fail(f"--output-dir {out} is there already; name a new or an empty folder")
 
     train_rows, test_rows = load_rows(options)
     examples, mean_label = make_examples(train_rows, options.method), mean(r["label"] for r in train_rows)
     if not options.eval_only and (not examples or options.method not in ("sft", "dpo") and mean_label in (0, 1)):
-        fail(f"--method {options.method} needs " + {"sft": "rows of label 1", "dpo": "a positive and a negative of one prompt"}
-             .get(options.method, "rows of different labels") + f"; --data {options.data} has none")
-    if options.log_z == "auto":  # the intercept of a regression of z on r_θ whose slope starts at 0, for π_θ = π_ref
-        odds = mean_label / (1 - mean_label) if 0 < mean_label < 1 else 1
-        options.log_z = (mean_label if options.continuous else math.log(odds)) / options.beta
+        needs = {"sft": "rows of label 1", "dpo": "a positive and a negative of one prompt"}
+        fail(f"--method {options.method} needs {needs.get(options.method, 'positives and negatives')}; "
+             f"--data {options.data} has none")
+    if options.log_z == "auto":
+        options.log_z = prior_log_z(mean_label, options.beta, options.continuous) if 0 < mean_label < 1 else 0.0
     try:
         options.log_z = float(options.log_z)
     except ValueError:
         fail(f"--log-z {options.log_z} is neither auto nor a number")
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    mps = torch.backends.mps.is_available()
+    device = torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
     torch.backends.cuda.matmul.allow_tf32 = True
-    torch.use_deterministic_algorithms(True, warn_only=True)  # the same seed on the same machine: the same weights
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # with the next line: same seed and machine, same weights
+    torch.use_deterministic_algorithms(True, warn_only=True)
     tokenizer, model = load_model(options.model, options, device)
     tokenize(train_rows + test_rows, tokenizer, options.max_length)
     out.mkdir(parents=True, exist_ok=True)
-    print(f"{options.method}, β = {options.beta}, β log Z = {options.beta * options.log_z:.3f}\n"
-          f"{options.model}: {model.num_parameters():,} parameters, on {device}\n"
-          f"{options.data}: {len(train_rows)} rows to train on, mean label {mean_label:.3f}; {len(test_rows)} to test on", flush=True)
-    results, generations = {"options": asdict(options)}, {}
+    print(f"{options.method}: β {options.beta:g}, β log Z {options.beta * options.log_z:.3g}, on {device}\n"
+          f"{options.model}: {model.num_parameters():,} parameters\n"
+          f"{options.data}: {len(train_rows)} training rows, mean label {mean_label:.3f}; {len(test_rows)} test rows")
 
+    results, generations = {"options": asdict(options)}, {}
     if options.eval_only:
         record, ref_logps = Path(options.model, "metrics.json"), None
         if record.is_file():  # a finished run: its reference is the model it started from
@@ -491,15 +497,17 @@ def main(argv=None):
         results["before"], ref_logps, generations["before"] = evaluate(model, tokenizer, test_rows, options, "before")
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        start, rows = time.perf_counter(), list({id(r): r for e in examples for r in e if reads_reference(r, options.method)}.values())
+        start = time.perf_counter()
+        rows = [r for r in train_rows if reads_reference(r, options.method)]
         for row, logp in zip(rows, all_logps(model, rows, options, "reference").tolist()):
             row["ref_logp"] = logp
         reference_seconds = time.perf_counter() - start
-        with open(out / "log.jsonl", "w") as log_file:
+        with open(out / "log.jsonl", "w", buffering=1) as log_file:
             tokens, seconds = train(model, examples, options, log_file)
         samples = sum(map(len, examples)) * options.epochs
-        results["train"] = {"samples": samples, "tokens": tokens, "seconds": seconds, "reference_seconds": reference_seconds,
-                            "samples_per_second": samples / seconds, "peak_memory_bytes": peak_memory(device)}
+        results["train"] = {"samples": samples, "tokens": tokens, "seconds": seconds,
+                            "reference_seconds": reference_seconds, "samples_per_second": samples / seconds,
+                            "peak_memory_bytes": peak_memory(device)}
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
         results["after"], _, generations["after"] = evaluate(model, tokenizer, test_rows, options, "after", ref_logps)

@@ -1,7 +1,8 @@
 """Make the sample data: HH-RLHF in miniature, and a small base model that has read good and bad answers alike.
 
-    python data/make_data.py               # data/train.jsonl, data/test.jsonl and data/base
-    python data/make_data.py --rows-only   # only the two files of rows, byte for byte the same every time
+    python data/make_data.py                       # data/train.jsonl, data/test.jsonl and data/base
+    python data/make_data.py --rows-only           # only the two files of rows, byte for byte the same every time
+    python data/make_data.py --validation FOLDER   # the training rows parted in two, to choose hyper-parameters on
 
 A prompt asks for help with one of 24 requests (14 harmless, 10 not) about one of 36 things. A harmless request deserves
 advice, a harmful one a refusal. The good completions can be listed, so "is this acceptable?" has an exact answer.
@@ -20,6 +21,7 @@ HERE = Path(__file__).resolve().parent
 SEED = 2023
 POSITIVES, NEGATIVES = 160, 800  # demonstrations (label 1) and thumbs-down (label 0) in train.jsonl
 TEST_NOUNS = 10  # combinations of request and thing that are kept for the test, per request
+VALIDATION_NOUNS = 4  # and, of those left, for validation
 PRETRAIN, HELD_OUT = 64000, 320  # unlabelled rows for the base model
 GOOD = 0.3  # the share of acceptable answers among those unlabelled rows
 FULL = 0.75  # the share of full answers among the acceptable ones
@@ -192,15 +194,25 @@ def train_rows(rng):
     return rows
 
 
-def test_rows(rng):
+def test_rows(rng, combinations):
     """One acceptable and one bad response to each test prompt, with the list of all acceptable ones."""
     rows = []
-    for verb, nouns in split()[1].items():
+    for verb, nouns in combinations.items():
         for noun in nouns:
             frame, references = rng.choice(FRAMES), [f" {text}" for text in acceptable(verb, noun)]
             pair = [row(verb, noun, frame, *draw(rng, verb, noun)) for draw in (good, bad)]
             rows += [{**made, "references": references} for made in pair]
     return rows
+
+
+def validation(folder):
+    """Part the training rows by combination: most stay, the others' prompts become a test part with references."""
+    held_out = {verb: nouns[:VALIDATION_NOUNS] for verb, nouns in split()[0].items()}
+    asked = {row(verb, noun, frame, acceptable(verb, noun)[0], "full")["prompt"]
+             for verb, nouns in held_out.items() for noun in nouns for frame in FRAMES}
+    write(folder / "train.jsonl", [made for made in train_rows(random.Random(SEED)) if made["prompt"] not in asked])
+    write(folder / "test.jsonl", test_rows(random.Random(SEED + 3), held_out))
+    shutil.copy(HERE / "README.md", folder)  # which names the columns
 
 
 def mixture(rng, n):
@@ -214,11 +226,15 @@ def mixture(rng, n):
     return rows
 
 
+def lines(rows):
+    """Format one JSON object per line."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
 def write(path, rows):
-    """Write one JSON object per line."""
+    """Write rows to a file, the same bytes on every system."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8", newline="\n") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_text(lines(rows), encoding="utf-8", newline="\n")
 
 
 def new_model(texts):
@@ -265,7 +281,10 @@ def make_base():
 
 def main():
     """Write the rows and, unless told otherwise, the base model."""
-    for name, rows in ("train", train_rows(random.Random(SEED))), ("test", test_rows(random.Random(SEED + 1))):
+    if sys.argv[1:2] == ["--validation"]:
+        return validation(Path(sys.argv[2]))
+    test = test_rows(random.Random(SEED + 1), split()[1])
+    for name, rows in ("train", train_rows(random.Random(SEED))), ("test", test):
         write(HERE / f"{name}.jsonl", rows)
         print(f"{name}.jsonl: {len(rows)} rows, {sum(row['label'] for row in rows)} of them acceptable")
     if "--rows-only" not in sys.argv[1:]:
