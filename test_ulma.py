@@ -581,14 +581,30 @@ def test_gradient_accumulation_gives_the_gradient_of_the_whole_batch(run):
     assert (whole - parts).norm() < 0.01 * (whole - start).norm()
 
 
+def test_batches_of_many_logits_are_split_and_nothing_else_changes(run, monkeypatch):
+    start, whole = (torch.cat([w.flatten() for w in weights(folder).values()])
+                    for folder in (HERE / "data" / "base", run("--batch-size", 96)[1]))
+    monkeypatch.setattr(ulma, "MAX_LOGITS", 768 * 50)
+    seen, original = [], ulma.response_logps
+
+    def spy(model, input_ids, attention_mask, response_mask):
+        seen.append((len(input_ids), response_mask.sum().item()))
+        return original(model, input_ids, attention_mask, response_mask)
+
+    monkeypatch.setattr(ulma, "response_logps", spy)
+    parts = torch.cat([w.flatten() for w in weights(run("--batch-size", 96)[1]).values()])
+    assert (whole - parts).norm() < 0.01 * (whole - start).norm()
+    assert all(rows == 1 or tokens <= 50 for rows, tokens in seen) and max(rows for rows, _ in seen) > 1
+
+
 def test_reference_log_probabilities_are_computed_once_and_only_for_rows_whose_loss_reads_them(run, monkeypatch):
-    seen, original = {}, ulma.all_logps
+    seen, original = {}, ulma.score
 
-    def spy(model, rows, options, title):
+    def spy(model, rows, options, key, title):
         seen[title] = rows
-        return original(model, rows, options, title)
+        return original(model, rows, options, key, title)
 
-    monkeypatch.setattr(ulma, "all_logps", spy)
+    monkeypatch.setattr(ulma, "score", spy)
     for method, labels in (("ulma", {0}), ("pointwise-dpo", {0, 1}), ("sft", set()), ("unlikelihood", set())):
         run("--method", method)
         assert {r["label"] for r in seen["reference"]} == labels

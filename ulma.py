@@ -152,7 +152,7 @@ def pointwise_rows(row, where, continuous):
         if not isinstance(label, (bool, int, float)) or not 0 <= label <= 1 or not continuous and label not in (0, 1):
             fail(f"{where}: the label is {label!r}; write 1 (demonstration or thumbs-up) or 0 (thumbs-down)"
                  + (", or a score in between" if continuous else "; scores in between need --continuous"))
-        rows.append({"prompt": prompt, "completion": completion, "label": label, "where": where, "ref_logp": 0.0,
+        rows.append({"prompt": prompt, "completion": completion, "label": label, "where": where,
                      "references": row.get("references"), "demonstrated": row.get("demonstrated")})
     return rows
 
@@ -209,6 +209,9 @@ def tokenize(rows, tokenizer, max_length):
 # Batches
 
 
+MAX_LOGITS = 2**29  # in one forward pass: 2 GiB in float32, of which training holds a few copies
+
+
 def bucketed_batches(examples, batch_size, rng):
     """Batches of examples of like length, little of them padding: shuffle, sort in windows of 50 batches, shuffle."""
     examples, window = rng.sample(examples, len(examples)), 50 * batch_size
@@ -216,6 +219,18 @@ def bucketed_batches(examples, batch_size, rng):
                 for e in sorted(examples[i:i + window], key=lambda e: max(r["length"] for r in e))]
     batches = [examples[i:i + batch_size] for i in range(0, len(examples), batch_size)]
     return rng.sample(batches, len(batches))
+
+
+def split(batch, model):
+    """The batch in parts of at most MAX_LOGITS logits each, or of one example: most often a single part."""
+    vocabulary, parts, logits = model.get_output_embeddings().weight.shape[0], [], math.inf
+    for example in batch:
+        size = vocabulary * sum(r["length"] - r["prompt_length"] for r in example)
+        if logits + size > MAX_LOGITS:
+            parts, logits = [*parts, []], 0
+        parts[-1].append(example)
+        logits += size
+    return parts
 
 
 def batch_logps(model, rows, options):
@@ -232,14 +247,14 @@ def batch_logps(model, rows, options):
 
 
 @torch.no_grad()
-def all_logps(model, rows, options, title):
-    """batch_logps of all rows: (len(rows),), on the CPU. Longest first: what does not fit in memory fails at once."""
-    order, logps = sorted(range(len(rows)), key=lambda i: -rows[i]["length"]), torch.zeros(len(rows))
+def score(model, rows, options, key, title):
+    """Sets row[key], log π(y|x), of every row. Longest first: what does not fit in memory fails at once."""
+    examples, size = sorted(((r,) for r in rows), key=lambda e: -e[0]["length"]), 2 * options.batch_size
     model.eval()
-    for i in tqdm(range(0, len(rows), 2 * options.batch_size), desc=f"{title}: log-probs", unit="batch"):
-        part = order[i:i + 2 * options.batch_size]
-        logps[part] = batch_logps(model, [rows[j] for j in part], options).cpu()
-    return logps
+    for part in tqdm([part for i in range(0, len(rows), size) for part in split(examples[i:i + size], model)],
+                     desc=f"{title}: log-probs", unit="batch", disable=not rows):
+        for (row,), logp in zip(part, batch_logps(model, [r for r, in part], options).tolist()):
+            row[key] = logp
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -278,15 +293,17 @@ def concordance(scores, labels):
     return wins / pairs if pairs else None
 
 
-def evaluate(model, tokenizer, rows, options, title, ref_logps=None):
-    """(metrics, batch_logps of all rows, {prompt: generations}); without ref_logps the model is its own reference."""
-    logps = all_logps(model, rows, options, title)
-    labels = torch.tensor([float(r["label"]) for r in rows])
-    tokens = torch.tensor([r["length"] - r["prompt_length"] for r in rows])
-    sums = (logps * tokens if options.length_normalize else logps).double()
+def evaluate(model, tokenizer, rows, options, title):
+    """(metrics, {prompt: generations}). The reference is what row["ref_logp"] says, else the model itself."""
+    score(model, rows, options, "logp", title)
+    for r in rows:
+        r.setdefault("ref_logp", r["logp"])
+    logps, ref_logps, labels, tokens = torch.tensor(
+        [[r["logp"], r["ref_logp"], r["label"], r["length"] - r["prompt_length"]] for r in rows], dtype=torch.float64).T
+    sums = logps * tokens if options.length_normalize else logps
     nll = -sums[labels == 1].sum() / tokens[labels == 1].sum()  # nats a token of the demonstrations
-    rewards = implicit_reward(logps, logps if ref_logps is None else ref_logps, options.beta)  # only their order counts
-    metrics = {"perplexity": nll.exp().item() if 1 in labels else None, "reward_auc": concordance(rewards, labels)}
+    metrics = {"perplexity": nll.exp().item() if 1 in labels else None,
+               "reward_auc": concordance(implicit_reward(logps, ref_logps, options.beta), labels)}
 
     prompts = list({r["prompt"]: r for r in rows}.values())
     prompts = [r for r in prompts if r["references"]] or prompts[:SHOWN]
@@ -300,7 +317,7 @@ def evaluate(model, tokenizer, rows, options, title, ref_logps=None):
         metrics["exact_match"] = {how: {group: mean(
             text.strip() in known for r, known, answers in zip(prompts, references, texts[how])
             if r["demonstrated"] in tags for text in answers) for group, tags in groups.items()} for how in texts}
-    return metrics, logps, {r["prompt"]: {name: texts[name][i] for name in texts} for i, r in enumerate(prompts)}
+    return metrics, {r["prompt"]: {name: texts[name][i] for name in texts} for i, r in enumerate(prompts)}
 
 
 def flatten(metrics):
@@ -364,13 +381,14 @@ def train(model, examples, options, log_file):
     for _ in range(options.epochs):
         batches = bucketed_batches(examples, options.batch_size, rng)
         for i in range(0, len(batches), options.gradient_accumulation):
-            micro_batches = batches[i:i + options.gradient_accumulation]
-            for batch in micro_batches:
+            step = batches[i:i + options.gradient_accumulation]
+            for batch in (part for batch in step for part in split(batch, model)):
                 rows = [row for column in zip(*batch) for row in column]
-                labels, ref_logps = torch.tensor([[r["label"], r["ref_logp"]] for r in rows]).to(model.device).T
+                columns = torch.tensor([[r["label"], r.get("ref_logp", 0.0)] for r in rows])  # 0: nothing reads it
+                labels, ref_logps = columns.to(model.device, non_blocking=True).T
                 logps = batch_logps(model, rows, options)
                 losses = method_loss(logps, ref_logps, labels, options)
-                (losses.sum() / sum(map(len, micro_batches))).backward()  # the mean over the step's examples
+                (losses.sum() / sum(map(len, step))).backward()  # the mean over the step's examples
                 rewards = implicit_reward(logps, ref_logps, options.beta, options.log_z)
                 recent.append((progress.n + 1, batch, losses.detach(), rows, rewards.detach()))
                 tokens += sum(r["length"] for r in rows)
@@ -380,10 +398,10 @@ def train(model, examples, options, log_file):
             optimizer.zero_grad()
             progress.update()
             if progress.n % LOG_EVERY == 0 or progress.n == steps:  # the only wait for the GPU
-                for step, batch, losses, *_ in recent:
+                for n, batch, losses, *_ in recent:
                     faults = [e[0]["where"] for e, loss in zip(batch, losses.tolist()) if not math.isfinite(loss)]
                     if faults:
-                        fail(f"step {step}: the loss is not finite; try a lower --learning-rate. {'; '.join(faults)}")
+                        fail(f"step {n}: the loss is not finite; try a lower --learning-rate. {'; '.join(faults)}")
                 rewards = [(row["label"] > 0.5, reward) for *_, rows, values in recent
                            for row, reward in zip(rows, values.tolist()) if reads_reference(row, options.method)]
                 line = {"step": progress.n, "loss": torch.cat([losses for _, _, losses, *_ in recent]).mean().item(),
@@ -488,19 +506,17 @@ def main(argv=None):
 
     results, generations = {"options": asdict(options)}, {}
     if options.eval_only:
-        record, ref_logps = Path(options.model, "metrics.json"), None
+        record = Path(options.model, "metrics.json")
         if record.is_file():  # a finished run: its reference is the model it started from
             base = load_model(json.loads(record.read_text())["options"]["model"], options, device)[1]
-            ref_logps = all_logps(base, test_rows, options, "reference")
-        results["eval"], _, generations["eval"] = evaluate(model, tokenizer, test_rows, options, "eval", ref_logps)
+            score(base, test_rows, options, "ref_logp", "reference")
+        results["eval"], generations["eval"] = evaluate(model, tokenizer, test_rows, options, "eval")
     else:
-        results["before"], ref_logps, generations["before"] = evaluate(model, tokenizer, test_rows, options, "before")
+        results["before"], generations["before"] = evaluate(model, tokenizer, test_rows, options, "before")
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
-        rows = [r for r in train_rows if reads_reference(r, options.method)]
-        for row, logp in zip(rows, all_logps(model, rows, options, "reference").tolist()):
-            row["ref_logp"] = logp
+        score(model, [r for r in train_rows if reads_reference(r, options.method)], options, "ref_logp", "reference")
         reference_seconds = time.perf_counter() - start
         with open(out / "log.jsonl", "w", buffering=1) as log_file:
             tokens, seconds = train(model, examples, options, log_file)
@@ -510,7 +526,7 @@ def main(argv=None):
                             "peak_memory_bytes": peak_memory(device)}
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
-        results["after"], _, generations["after"] = evaluate(model, tokenizer, test_rows, options, "after", ref_logps)
+        results["after"], generations["after"] = evaluate(model, tokenizer, test_rows, options, "after")
     (out / "metrics.json").write_text(json.dumps(results, indent=2) + "\n")
     (out / "samples.jsonl").write_text("".join(
         json.dumps({"prompt": prompt, **{column: texts[prompt] for column, texts in generations.items()}}) + "\n"
