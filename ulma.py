@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
 """ULMA: Unified Language Model Alignment with Human Demonstration and Point-wise Preference, in one file.
 
-Cai et al., arXiv 2312.02554. Read top to bottom beside the paper: the losses, the log-probabilities they are made of,
-the data, evaluation, training, the command line.
+Cai et al., arXiv 2312.02554. To be read beside the paper, in its order: the losses, the log-probabilities they are made
+of, the data, evaluation, training, the command line.
 
-    python ulma.py --method ulma                                     # the data and model of data/, two CPU cores
-    python ulma.py --method pointwise-dpo --output-dir runs/first    # or sft: ULMA without the preference term
-    python ulma.py --model Qwen/Qwen2.5-0.5B --data Anthropic/hh-rlhf --learning-rate 1e-6 --epochs 1
-    python ulma.py --eval-only --model runs/first                    # evaluate any model folder, a finished run's too
+    python ulma.py --method ulma                                      # on data/, offline, in half a minute
+    python ulma.py --method pointwise-dpo --output-dir runs/first     # another loss
+    python ulma.py --eval-only --model runs/first                     # any model folder, a finished run's too
+    python ulma.py --model Qwen/Qwen2.5-0.5B --data Anthropic/hh-rlhf --beta 0.1 --learning-rate 1e-6 --epochs 1
 """
 import json
 import math
@@ -31,8 +31,8 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, GenerationConfig,
 from transformers.hf_argparser import HfArg
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The losses. Pure functions of tensors, in nats, unreduced: logps is log π_θ(y|x), ref_logps is log π_ref(y|x), labels
-# is z. All have one shape, usually (B,), one response an element; spans or tokens do as well. Nothing but torch needed.
+# The losses: pure functions of tensors, unreduced. logps is log π_θ(y|x), ref_logps log π_ref(y|x), in nats; labels is z.
+# All have one shape, usually (B,), an element for a response; spans or tokens do as well. They need torch alone.
 
 
 def implicit_reward(logps, ref_logps, beta=0.1, log_z=0.0):
@@ -287,9 +287,9 @@ def generate(model, tokenizer, rows, max_new_tokens, samples, options, title):
 def concordance(scores, labels):
     """P(score_i > score_j | label_i > label_j), ties ½: for labels 0 and 1 the ROC AUC. None without such a pair."""
     wins = pairs = 0
-    for score, label in zip(scores, labels):
+    for own, label in zip(scores, labels):
         lower = scores[labels < label]
-        wins, pairs = wins + ((score > lower).sum() + (score == lower).sum() / 2).item(), pairs + len(lower)
+        wins, pairs = wins + ((own > lower).sum() + (own == lower).sum() / 2).item(), pairs + len(lower)
     return wins / pairs if pairs else None
 
 
@@ -495,8 +495,8 @@ def main(argv=None):
     mps = torch.backends.mps.is_available()
     device = torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
     torch.backends.cuda.matmul.allow_tf32 = True
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # with the next line: same seed and machine, same weights
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)  # same seed, same machine: the same weights
     tokenizer, model = load_model(options.model, options, device)
     tokenize(train_rows + test_rows, tokenizer, options.max_length)
     out.mkdir(parents=True, exist_ok=True)
