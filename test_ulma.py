@@ -417,6 +417,13 @@ def test_gz_files_and_folders_hold_the_same_rows(tmp_path):
     assert [[r["prompt"] for r in part] for part in from_file] == [[r["prompt"] for r in part] for part in from_folder]
 
 
+def test_edited_data_is_read_anew(tmp_path):
+    (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: train.jsonl\n---\n")
+    for label in (1, 0):
+        write(tmp_path / "train.jsonl", [point(i, label) for i in range(4)])
+        assert {r["label"] for r in load(tmp_path)[0]} == {label}
+
+
 def test_without_a_test_split_a_seeded_tenth_of_the_prompts_is_held_out(tmp_path):
     path = write(tmp_path / "rows.jsonl", [point(i % 50, label=i % 2) for i in range(200)])
     (train_rows, test_rows), again, other = load(path), load(path), load(path, seed=1)
@@ -463,10 +470,11 @@ def test_the_response_is_the_completion_and_its_end_of_sequence_token():
 
 @pytest.mark.parametrize("bad, told", [
     ({"label": 2}, "the label is 2"), ({"label": None}, "the label is None"), ({"label": 0.5}, "--continuous"),
-    ({"completion": ""}, "the completion is ''"), ({"prompt": None}, "the prompt is None")])
+    ({"completion": ""}, "the completion is ''"), ({"prompt": None}, "the prompt is None"),
+    ({"references": "Answer."}, "a list of texts")])
 def test_a_malformed_row_stops_the_run_before_the_model_loads_and_is_named(tmp_path, capsys, monkeypatch, bad, told):
     monkeypatch.setattr(ulma, "load_model", lambda *_: pytest.fail("the model was loaded"))
-    path = write(tmp_path / "rows.jsonl", [point(1), point(2), {**point(3), **bad}, point(4)])
+    path = write(tmp_path / "rows.jsonl", [point(1), point(2), {**point(3), **bad}])
     message = error_of(capsys, ulma.main, ["--data", str(path), "--output-dir", str(tmp_path / "out")])
     assert f"{path}, train row 3" in message and told in message
     assert not (tmp_path / "out").exists()
@@ -584,7 +592,7 @@ def test_gradient_accumulation_gives_the_gradient_of_the_whole_batch(run):
 def test_batches_of_many_logits_are_split_and_nothing_else_changes(run, monkeypatch):
     start, whole = (torch.cat([w.flatten() for w in weights(folder).values()])
                     for folder in (HERE / "data" / "base", run("--batch-size", 96)[1]))
-    monkeypatch.setattr(ulma, "MAX_LOGITS", 768 * 50)
+    monkeypatch.setattr(ulma, "MAX_LOGITS", 768 * 100)
     seen, original = [], ulma.response_logps
 
     def spy(model, input_ids, attention_mask, response_mask):
@@ -594,7 +602,7 @@ def test_batches_of_many_logits_are_split_and_nothing_else_changes(run, monkeypa
     monkeypatch.setattr(ulma, "response_logps", spy)
     parts = torch.cat([w.flatten() for w in weights(run("--batch-size", 96)[1]).values()])
     assert (whole - parts).norm() < 0.01 * (whole - start).norm()
-    assert all(rows == 1 or tokens <= 50 for rows, tokens in seen) and max(rows for rows, _ in seen) > 1
+    assert all(rows == 1 or tokens <= 100 for rows, tokens in seen) and max(rows for rows, _ in seen) > 1
 
 
 def test_reference_log_probabilities_are_computed_once_and_only_for_rows_whose_loss_reads_them(run, monkeypatch):
@@ -605,9 +613,9 @@ def test_reference_log_probabilities_are_computed_once_and_only_for_rows_whose_l
         return original(model, rows, options, key, title)
 
     monkeypatch.setattr(ulma, "score", spy)
-    for method, labels in (("ulma", {0}), ("pointwise-dpo", {0, 1}), ("sft", set()), ("unlikelihood", set())):
+    for method, positives, negatives in (("ulma", 0, 72), ("pointwise-dpo", 24, 72), ("sft", 0, 0), ("dpo", 24, 24)):
         run("--method", method)
-        assert {r["label"] for r in seen["reference"]} == labels
+        assert [sum(r["label"] == z for r in seen["reference"]) for z in (1, 0)] == [positives, negatives]
 
 
 def test_eval_only_gives_a_finished_runs_figures_again(run):
@@ -620,7 +628,11 @@ def test_eval_only_gives_a_finished_runs_figures_again(run):
 def test_a_loss_that_is_not_finite_stops_the_run_with_the_step_and_the_rows(run, capsys, monkeypatch):
     monkeypatch.setattr(ulma, "method_loss", lambda logps, *_: logps / 0)
     message = error_of(capsys, run)
-    assert "step 1:" in message and "train row" in message
+    assert "step 1," in message and "train row" in message
+
+
+def test_a_model_that_the_last_step_broke_is_named_too(run, capsys):
+    assert "--learning-rate" in error_of(capsys, run, "--learning-rate", 1e30)
 
 
 def test_an_output_folder_with_files_in_it_is_never_overwritten(run, tmp_path, capsys):

@@ -15,10 +15,12 @@ import os
 import random
 import sys
 import time
+from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from itertools import count, product
+from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 import torch
@@ -31,7 +33,7 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, GenerationConfig,
 from transformers.hf_argparser import HfArg
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The losses: pure functions of tensors, unreduced. logps is log π_θ(y|x), ref_logps log π_ref(y|x), in nats; labels is z.
+# The losses: pure functions of tensors, unreduced. logps is log π_θ(y|x), ref_logps log π_ref(y|x), in nats, labels z.
 # All have one shape, usually (B,), an element for a response; spans or tokens do as well. They need torch alone.
 
 
@@ -120,10 +122,12 @@ def response_logps(model, input_ids, attention_mask, response_mask):
 # ---------------------------------------------------------------------------------------------------------------------
 # Data
 
+MAX_LOGITS = 2**29  # in one forward pass: 2 GiB in float32, of which training holds a few copies
+
 
 def fail(message):
     """A user's mistake: one line that names it and the mend, exit code 2."""
-    print(f"ulma.py: error: {message}", file=sys.stderr)
+    tqdm.write(f"ulma.py: error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -138,32 +142,40 @@ def pointwise_rows(row, where, continuous):
 
     A pair without `prompt` is two transcripts, as in HH-RLHF, where the prompt ends at the last "\n\nAssistant:".
     """
-    pair = "chosen" in row and "rejected" in row
-    label = row.get("score" if continuous and "score" in row else "label")
-    rows = []
-    for completion, label in [(row["chosen"], 1), (row["rejected"], 0)] if pair else [(row.get("completion"), label)]:
+    pair = row.get("chosen") is not None and row.get("rejected") is not None
+    if pair:
+        rated = [(row["chosen"], 1), (row["rejected"], 0)]
+    else:
+        rated = [(row.get("completion"), row.get("score" if continuous and "score" in row else "label"))]
+    references, rows = row.get("references") or [], []
+    if not isinstance(references, list) or not all(isinstance(text, str) for text in references):
+        fail(f"{where}: references is {references!r}; write a list of texts")
+    for completion, label in rated:
         prompt = row.get("prompt")
-        if pair and "prompt" not in row:
+        if pair and prompt is None:
             prompt, turn, completion = str(completion).rpartition("\n\nAssistant:")
             prompt += turn
         for name, text in (("prompt", prompt), ("completion", completion)):
-            if not isinstance(text, str) or not text:
+            if not isinstance(text, str) or not text and not (pair and name == "completion"):  # HH has empty turns
                 fail(f"{where}: the {name} is {text!r}; write text that is not empty (columns here: {', '.join(row)})")
         if not isinstance(label, (bool, int, float)) or not 0 <= label <= 1 or not continuous and label not in (0, 1):
             fail(f"{where}: the label is {label!r}; write 1 (demonstration or thumbs-up) or 0 (thumbs-down)"
                  + (", or a score in between" if continuous else "; scores in between need --continuous"))
         rows.append({"prompt": prompt, "completion": completion, "label": label, "where": where,
-                     "references": row.get("references"), "demonstrated": row.get("demonstrated")})
+                     "references": references, "demonstrated": row.get("demonstrated")})
     return rows
 
 
 def load_rows(options):
     """(training rows, test rows) of --data; without a test split, a seeded tenth of the prompts is held out for it."""
+    path = Path(options.data)
+    source = {"path": "json", "data_files": options.data} if path.is_file() else {"path": options.data}
+    cache = TemporaryDirectory(ignore_cleanup_errors=True)  # that of datasets misses edits to a folder with a README
     try:
-        is_file = Path(options.data).is_file()
-        splits = load_dataset("json", data_files=options.data) if is_file else load_dataset(options.data)
+        splits = load_dataset(**source, cache_dir=cache.name if path.exists() else None)
     except Exception as error:  # datasets raises many kinds, with the cause inside
-        fail(f"--data {options.data} cannot be read: {' '.join(str(error.__cause__ or error).split())[:300]}")
+        reason = str(error.__cause__ or error) or repr(error.__cause__)
+        fail(f"--data {options.data} cannot be read: {' '.join(reason.split())[:300]}")
     if "train" not in splits:
         fail(f"--data {options.data} has the splits {list(splits)}; it needs `train`, and may have `test`")
     train_rows, test_rows = ([r for i, row in enumerate(splits.get(name, ()), 1) for r in
@@ -185,8 +197,8 @@ def make_examples(rows, method):
         return [(r,) for r in rows if method != "sft" or r["label"] == 1]
     prompts = {}
     for r in rows:
-        prompts.setdefault(r["prompt"], ([], []))[r["label"] != 1].append(r)
-    return [pair for positives, negatives in prompts.values() for pair in product(positives, negatives)]
+        prompts.setdefault(r["prompt"], {True: [], False: []})[r["label"] == 1].append(r)
+    return [pair for rated in prompts.values() for pair in product(rated[True], rated[False])]
 
 
 def tokenize(rows, tokenizer, max_length):
@@ -205,41 +217,29 @@ def tokenize(rows, tokenizer, max_length):
         row["length"] = len(row["input_ids"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Batches
-
-
-MAX_LOGITS = 2**29  # in one forward pass: 2 GiB in float32, of which training holds a few copies
+def chunks(items, size):
+    return [items[i:i + size] for i in range(0, len(items), size)]
 
 
 def bucketed_batches(examples, batch_size, rng):
     """Batches of examples of like length, little of them padding: shuffle, sort in windows of 50 batches, shuffle."""
-    examples, window = rng.sample(examples, len(examples)), 50 * batch_size
-    examples = [e for i in range(0, len(examples), window)
-                for e in sorted(examples[i:i + window], key=lambda e: max(r["length"] for r in e))]
-    batches = [examples[i:i + batch_size] for i in range(0, len(examples), batch_size)]
+    windows = chunks(rng.sample(examples, len(examples)), 50 * batch_size)
+    batches = [batch for window in windows
+               for batch in chunks(sorted(window, key=lambda e: max(r["length"] for r in e)), batch_size)]
     return rng.sample(batches, len(batches))
 
 
 def split(batch, model):
     """The batch in parts of at most MAX_LOGITS logits each, or of one example: most often a single part."""
-    vocabulary, parts, logits = model.get_output_embeddings().weight.shape[0], [], math.inf
-    for example in batch:
-        size = vocabulary * sum(r["length"] - r["prompt_length"] for r in example)
-        if logits + size > MAX_LOGITS:
-            parts, logits = [*parts, []], 0
-        parts[-1].append(example)
-        logits += size
-    return parts
+    longest = max(sum(r["length"] - r["prompt_length"] for r in example) for example in batch)
+    return chunks(batch, max(1, MAX_LOGITS // (longest * model.get_output_embeddings().weight.shape[0])))
 
 
 def batch_logps(model, rows, options):
     """log π_θ(y|x) of rows: (len(rows),), on the model's device; a mean over tokens with --length-normalize."""
     cuda = model.device.type == "cuda"
     input_ids = pad_sequence([torch.tensor(r["input_ids"]) for r in rows], batch_first=True)
-    lengths, prompt_lengths = torch.tensor([[r["length"], r["prompt_length"]] for r in rows]).T[..., None]
-    position = torch.arange(input_ids.shape[1])
-    response_mask = (prompt_lengths <= position) & (position < lengths)
+    response_mask = pad_sequence([torch.arange(r["length"]) >= r["prompt_length"] for r in rows], batch_first=True)
     input_ids = (input_ids.pin_memory() if cuda else input_ids).to(model.device, non_blocking=True)
     with torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext():  # the weights stay float32
         logps = response_logps(model, input_ids, None, response_mask)
@@ -249,11 +249,13 @@ def batch_logps(model, rows, options):
 @torch.no_grad()
 def score(model, rows, options, key, title):
     """Sets row[key], log π(y|x), of every row. Longest first: what does not fit in memory fails at once."""
-    examples, size = sorted(((r,) for r in rows), key=lambda e: -e[0]["length"]), 2 * options.batch_size
+    examples = sorted(((row,) for row in rows), key=lambda e: -e[0]["length"])
+    parts = [part for batch in chunks(examples, 2 * options.batch_size) for part in split(batch, model)]
     model.eval()
-    for part in tqdm([part for i in range(0, len(rows), size) for part in split(examples[i:i + size], model)],
-                     desc=f"{title}: log-probs", unit="batch", disable=not rows):
-        for (row,), logp in zip(part, batch_logps(model, [r for r, in part], options).tolist()):
+    for part in tqdm(parts, desc=f"{title}: log-probs", unit="batch", disable=not parts):
+        for (row,), logp in zip(part, batch_logps(model, [row for row, in part], options).tolist()):
+            if not math.isfinite(logp):
+                fail(f"{row['where']}: log π(y|x) is {logp}: the model is broken; was --learning-rate too high?")
             row[key] = logp
 
 
@@ -265,23 +267,23 @@ SAMPLES, SHOWN = 4, 4  # samples a test prompt with references; prompts to show,
 
 @torch.no_grad()
 def generate(model, tokenizer, rows, max_new_tokens, samples, options, title):
-    """For each row's prompt a list of `samples` completions drawn at temperature 1; with 0 samples the greedy one."""
-    own, texts = model.generation_config, [[] for _ in rows]
+    """{prompt: `samples` completions drawn at temperature 1, or, with 0 samples, the greedy one}, of rows' prompts."""
+    own, completions = model.generation_config, {}
     # Swapped, not passed: a model's own defaults (top-p, repetition penalty) would fill in what is left neutral here.
     model.generation_config = GenerationConfig(
         do_sample=samples > 0, num_return_sequences=max(samples, 1), max_new_tokens=max_new_tokens,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **({"top_k": 0} if samples else {}))
     room = max(1, getattr(model.config, "max_position_embeddings", sys.maxsize) - max_new_tokens)
-    order, size = sorted(range(len(rows)), key=lambda i: -rows[i]["prompt_length"]), 8 * options.batch_size
     model.eval()
-    for i in tqdm(range(0, len(rows), size), desc=f"{title}: generation", unit="batch"):
-        prompts = [rows[j]["input_ids"][:rows[j]["prompt_length"]][-room:] for j in order[i:i + size]]
+    batches = chunks(sorted(rows, key=lambda r: -r["prompt_length"]), 8 * options.batch_size)
+    for batch in tqdm(batches, desc=f"{title}: generation", unit="batch"):
+        prompts = [r["input_ids"][:r["prompt_length"]][-room:] for r in batch]
         inputs = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
-        completions = model.generate(**inputs)[:, inputs["input_ids"].shape[1]:]
-        for n, text in enumerate(tokenizer.batch_decode(completions, skip_special_tokens=True)):
-            texts[order[i + n // max(samples, 1)]].append(text)
+        output = model.generate(**inputs)[:, inputs["input_ids"].shape[1]:]
+        texts = tokenizer.batch_decode(output, skip_special_tokens=True)
+        completions.update(zip((r["prompt"] for r in batch), chunks(texts, max(samples, 1))))
     model.generation_config = own
-    return texts
+    return completions
 
 
 def concordance(scores, labels):
@@ -293,8 +295,16 @@ def concordance(scores, labels):
     return wins / pairs if pairs else None
 
 
+def exact_match(rows, completions):
+    """Shares of the completions that are among the references: of all, of demonstrated and of undemonstrated types."""
+    hits = [(r["demonstrated"], text.strip() in {reference.strip() for reference in r["references"]})
+            for r in rows for text in completions[r["prompt"]]]
+    return {"all": mean(hit for _, hit in hits), "demonstrated": mean(hit for group, hit in hits if group is True),
+            "undemonstrated": mean(hit for group, hit in hits if group is False)}
+
+
 def evaluate(model, tokenizer, rows, options, title):
-    """(metrics, {prompt: generations}). The reference is what row["ref_logp"] says, else the model itself."""
+    """(metrics, generations). The reference is what row["ref_logp"] says, else the model itself."""
     score(model, rows, options, "logp", title)
     for r in rows:
         r.setdefault("ref_logp", r["logp"])
@@ -305,19 +315,15 @@ def evaluate(model, tokenizer, rows, options, title):
     metrics = {"perplexity": nll.exp().item() if 1 in labels else None,
                "reward_auc": concordance(implicit_reward(logps, ref_logps, options.beta), labels)}
 
-    prompts = list({r["prompt"]: r for r in rows}.values())
-    prompts = [r for r in prompts if r["references"]] or prompts[:SHOWN]
-    references = [{text.strip() for text in r["references"] or ()} for r in prompts]
-    longest = max((len(ids) for known in references if known for ids in tokenizer(list(known)).input_ids), default=62)
+    scored = list({r["prompt"]: r for r in rows if r["references"]}.values())
+    shown = scored or list({r["prompt"]: r for r in rows}.values())[:SHOWN]
+    lengths = [len(ids) for r in scored for ids in tokenizer(r["references"]).input_ids]
     torch.manual_seed(options.seed)
-    texts = {name: generate(model, tokenizer, prompts, longest + 2, n, options, f"{title}, {name}")
-             for name, n in (("sampled", SAMPLES if references[0] else 1), ("greedy", 0))}
-    if references[0]:
-        groups = {"all": (True, False, None), "demonstrated": (True,), "undemonstrated": (False,)}
-        metrics["exact_match"] = {how: {group: mean(
-            text.strip() in known for r, known, answers in zip(prompts, references, texts[how])
-            if r["demonstrated"] in tags for text in answers) for group, tags in groups.items()} for how in texts}
-    return metrics, {r["prompt"]: {name: texts[name][i] for name in texts} for i, r in enumerate(prompts)}
+    texts = {how: generate(model, tokenizer, shown, max(lengths, default=62) + 2, samples, options, f"{title}, {how}")
+             for how, samples in (("sampled", SAMPLES if scored else 1), ("greedy", 0))}
+    if scored:
+        metrics["exact_match"] = {how: exact_match(scored, texts[how]) for how in texts}
+    return metrics, {r["prompt"]: {how: texts[how][r["prompt"]] for how in texts} for r in shown}
 
 
 def flatten(metrics):
@@ -331,7 +337,7 @@ def report(columns, generations):
     print(f"\n{'':38}" + "".join(f"{column:>8}" for column in columns))
     for lines in zip(*map(flatten, columns.values())):
         print(f"{lines[0][0]:38}" + "".join("     n/a" if value is None else f"{value:8.3f}" for _, value in lines))
-    prompts = list(next(iter(generations.values())))
+    prompts = list(generations[list(columns)[0]])
     for prompt in prompts[::math.ceil(len(prompts) / SHOWN)]:
         print("\n" + " ".join(prompt.split())[-110:])
         for column, texts in generations.items():
@@ -362,10 +368,10 @@ def method_loss(logps, ref_logps, labels, options):
 
 
 def disable_dropout(model):
-    """As in the authors' code, so that π_θ starts at π_ref. train() then switches on no more than checkpointing."""
+    """As in the authors' code, so that π_θ starts at π_ref, in train mode too."""
     for module in model.modules():
-        for name in [name for name, value in vars(module).items() if isinstance(value, float)]:
-            if "drop" in name or isinstance(module, torch.nn.Dropout):
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and ("drop" in name or isinstance(module, torch.nn.Dropout)):
                 setattr(module, name, 0.0)
 
 
@@ -375,43 +381,44 @@ def train(model, examples, options, log_file):
                                   fused=model.device.type == "cuda")
     steps = options.epochs * math.ceil(len(examples) / options.batch_size / options.gradient_accumulation)
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
-    rng, tokens, recent, start = random.Random(options.seed), 0, [], time.perf_counter()
+    rng, tokens, recent, start = random.Random(options.seed), 0, defaultdict(list), time.perf_counter()
     progress = tqdm(total=steps, desc=f"train: {options.method}", unit="step")
-    model.train()
+    model.train(options.gradient_checkpointing)  # which works in train mode only
     for _ in range(options.epochs):
-        batches = bucketed_batches(examples, options.batch_size, rng)
-        for i in range(0, len(batches), options.gradient_accumulation):
-            step = batches[i:i + options.gradient_accumulation]
-            for batch in (part for batch in step for part in split(batch, model)):
-                rows = [row for column in zip(*batch) for row in column]
+        for step in chunks(bucketed_batches(examples, options.batch_size, rng), options.gradient_accumulation):
+            for batch in [part for batch in step for part in split(batch, model)]:
+                rows = [row for column in zip(*batch) for row in column]  # of pairs first the positives
                 columns = torch.tensor([[r["label"], r.get("ref_logp", 0.0)] for r in rows])  # 0: nothing reads it
                 labels, ref_logps = columns.to(model.device, non_blocking=True).T
                 logps = batch_logps(model, rows, options)
                 losses = method_loss(logps, ref_logps, labels, options)
                 (losses.sum() / sum(map(len, step))).backward()  # the mean over the step's examples
                 rewards = implicit_reward(logps, ref_logps, options.beta, options.log_z)
-                recent.append((progress.n + 1, batch, losses.detach(), rows, rewards.detach()))
+                recent["where"] += [f"step {progress.n + 1}, {example[0]['where']}" for example in batch]
+                recent["loss"].append(losses.detach())
+                recent["row"] += rows
+                recent["reward"].append(rewards.detach())
                 tokens += sum(r["length"] for r in rows)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            learning_rate = schedule.get_last_lr()[0]
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
             progress.update()
             if progress.n % LOG_EVERY == 0 or progress.n == steps:  # the only wait for the GPU
-                for n, batch, losses, *_ in recent:
-                    faults = [e[0]["where"] for e, loss in zip(batch, losses.tolist()) if not math.isfinite(loss)]
-                    if faults:
-                        fail(f"step {n}: the loss is not finite; try a lower --learning-rate. {'; '.join(faults)}")
-                rewards = [(row["label"] > 0.5, reward) for *_, rows, values in recent
-                           for row, reward in zip(rows, values.tolist()) if reads_reference(row, options.method)]
-                line = {"step": progress.n, "loss": torch.cat([losses for _, _, losses, *_ in recent]).mean().item(),
-                        "reward_positive": mean(reward for positive, reward in rewards if positive),
-                        "reward_negative": mean(reward for positive, reward in rewards if not positive),
-                        "learning_rate": schedule.get_last_lr()[0],
-                        "tokens_per_second": tokens / (time.perf_counter() - start)}
+                losses, rewards = torch.cat(recent["loss"]).tolist(), torch.cat(recent["reward"]).tolist()
+                faults = [where for where, loss in zip(recent["where"], losses) if not math.isfinite(loss)]
+                if faults:
+                    fail(f"the loss is not finite; try a lower --learning-rate. First at {'; '.join(faults[:8])}")
+                known = [(row["label"] > 0.5, reward) for row, reward in zip(recent["row"], rewards)
+                         if reads_reference(row, options.method)]  # of other rows no log π_ref was computed
+                line = {"step": progress.n, "loss": mean(losses),
+                        "reward_positive": mean(reward for positive, reward in known if positive),
+                        "reward_negative": mean(reward for positive, reward in known if not positive),
+                        "learning_rate": learning_rate, "tokens_per_second": tokens / (time.perf_counter() - start)}
                 log_file.write(json.dumps(line) + "\n")
                 progress.set_postfix({k: f"{v:.3g}" for k, v in line.items() if v is not None and k != "step"})
-                recent = []
+                recent.clear()
     progress.close()
     return tokens, time.perf_counter() - start
 
@@ -470,13 +477,13 @@ def peak_memory(device):
 
 def main(argv=None):
     options = Options(**vars(HfArgumentParser(Options, description=__doc__.splitlines()[0]).parse_args(argv)))
-    for name in ("beta", "learning_rate", "epochs", "batch_size", "gradient_accumulation", "max_length"):
-        if not getattr(options, name) > (name == "max_length"):  # of which prompt and response need one each
-            fail(f"--{name.replace('_', '-')} {getattr(options, name)} is too small")
+    least = {"beta": 0, "learning_rate": 0, "epochs": 0, "batch_size": 0, "gradient_accumulation": 0, "max_length": 1}
+    for name, bound in least.items():
+        if not bound < getattr(options, name) < math.inf:
+            fail(f"--{name.replace('_', '-')} is {getattr(options, name)}; write a number over {bound}")
     kind = "eval" if options.eval_only else options.method
-    fresh = (f"runs/{kind}-{n}" for n in count(1) if not Path(f"runs/{kind}-{n}").exists())
-    out = Path(options.output_dir or next(fresh))
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    out = Path(options.output_dir or f"runs/{kind}-{time.strftime('%y%m%d-%H%M%S')}")
+    if out.is_file() or out.is_dir() and any(out.iterdir()):
         fail(f"--output-dir {out} is there already; name a new or an empty folder")
 
     train_rows, test_rows = load_rows(options)
@@ -505,18 +512,18 @@ def main(argv=None):
           f"{options.data}: {len(train_rows)} training rows, mean label {mean_label:.3f}; {len(test_rows)} test rows")
 
     results, generations = {"options": asdict(options)}, {}
-    if options.eval_only:
-        record = Path(options.model, "metrics.json")
-        if record.is_file():  # a finished run: its reference is the model it started from
-            base = load_model(json.loads(record.read_text())["options"]["model"], options, device)[1]
-            score(base, test_rows, options, "ref_logp", "reference")
-        results["eval"], generations["eval"] = evaluate(model, tokenizer, test_rows, options, "eval")
-    else:
-        results["before"], generations["before"] = evaluate(model, tokenizer, test_rows, options, "before")
+    record = Path(options.model, "metrics.json")
+    if options.eval_only and record.is_file():  # a finished run: its reference is the model it started from
+        base = json.loads(record.read_text())["options"]["model"]
+        score(load_model(base, options, device)[1], test_rows, options, "ref_logp", "reference")
+    first = "eval" if options.eval_only else "before"
+    results[first], generations[first] = evaluate(model, tokenizer, test_rows, options, first)
+    if not options.eval_only:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
-        score(model, [r for r in train_rows if reads_reference(r, options.method)], options, "ref_logp", "reference")
+        read = {id(r): r for example in examples for r in example if reads_reference(r, options.method)}
+        score(model, list(read.values()), options, "ref_logp", "reference")
         reference_seconds = time.perf_counter() - start
         with open(out / "log.jsonl", "w", buffering=1) as log_file:
             tokens, seconds = train(model, examples, options, log_file)
@@ -530,7 +537,7 @@ def main(argv=None):
     (out / "metrics.json").write_text(json.dumps(results, indent=2) + "\n")
     (out / "samples.jsonl").write_text("".join(
         json.dumps({"prompt": prompt, **{column: texts[prompt] for column, texts in generations.items()}}) + "\n"
-        for prompt in next(iter(generations.values()))))
+        for prompt in generations[first]))
     report({column: results[column] for column in generations}, generations)
     print(f"\nsaved to {out}")
     return results

@@ -275,6 +275,8 @@ def make_base():
         names = "config.json generation_config.json model.safetensors tokenizer.json tokenizer_config.json"
         for name in names.split():
             shutil.copyfile(tmp / "run" / name, HERE / "base" / name)
+    config = HERE / "base" / "tokenizer_config.json"  # transformers 4 does not know the name that 5 gives the class
+    config.write_text(config.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
     size = sum(path.stat().st_size for path in (HERE / "base").iterdir())
     print(f"base: pretrained on {PRETRAIN} rows, {size / 1e6:.1f} MB")
 
