@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Literal, Optional
 
 import torch
 import torch.nn.functional as F
@@ -132,7 +132,7 @@ def fail(message):
 
 
 def mean(values):
-    """The mean; None of nothing."""
+    """Of numbers; None of none."""
     values = list(values)
     return sum(values) / len(values) if values else None
 
@@ -273,7 +273,7 @@ def generate(model, tokenizer, rows, max_new_tokens, samples, options, title):
     model.generation_config = GenerationConfig(
         do_sample=samples > 0, num_return_sequences=max(samples, 1), max_new_tokens=max_new_tokens,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **({"top_k": 0} if samples else {}))
-    room = max(1, getattr(model.config, "max_position_embeddings", sys.maxsize) - max_new_tokens)
+    room = max(1, (getattr(model.config, "max_position_embeddings", None) or sys.maxsize) - max_new_tokens)
     model.eval()
     batches = chunks(sorted(rows, key=lambda r: -r["prompt_length"]), 8 * options.batch_size)
     for batch in tqdm(batches, desc=f"{title}: generation", unit="batch"):
@@ -433,11 +433,11 @@ class Options:
     model: str = HfArg(default="data/base", help="π_ref, where training starts: a folder or a Hugging Face hub name")
     data: str = HfArg(default="data", help="a folder, a .jsonl or .jsonl.gz file, or a hub name")
     output_dir: str = HfArg(default="", help="for the model and its records; if not given, a new folder in runs/")
-    beta: float = HfArg(default=1.0, help="β, the strength of the KL regulariser")
+    beta: Optional[float] = HfArg(default=None, help="β, the strength of the KL regulariser; 3, with --continuous 0.1")
     log_z: str = HfArg(default="auto", help="log Z(x); auto: β log Z = logit(mean label), the mean if --continuous")
     continuous: bool = HfArg(default=False, help="squared-error losses on the column `score` (else `label`), 0 to 1")
     length_normalize: bool = HfArg(default=False, help="log π(y|x) as a mean over tokens, not the paper's sum")
-    learning_rate: float = HfArg(default=3e-4, help="AdamW's, reached after a tenth of the steps; then a cosine decay")
+    learning_rate: Optional[float] = HfArg(default=None, help="the peak; 3e-4, for sft and dpo 1e-3, unlikelihood 3e-5")
     epochs: int = HfArg(default=5, help="passes over the training rows")
     batch_size: int = HfArg(default=16, help="rows a forward pass")
     gradient_accumulation: int = HfArg(default=1, help="forward passes an optimiser step")
@@ -457,7 +457,7 @@ def load_model(name, options, device):
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if tokenizer.eos_token_id is None:
         fail(f"--model {name}: its tokenizer has no end-of-sequence token, which closes a response; set `eos_token`")
-    if options.max_length > getattr(model.config, "max_position_embeddings", sys.maxsize):
+    if options.max_length > (getattr(model.config, "max_position_embeddings", None) or sys.maxsize):
         fail(f"--max-length {options.max_length} is over the {model.config.max_position_embeddings} that {name} takes")
     disable_dropout(model)
     if options.gradient_checkpointing:
@@ -477,6 +477,10 @@ def peak_memory(device):
 
 def main(argv=None):
     options = Options(**vars(HfArgumentParser(Options, description=__doc__.splitlines()[0]).parse_args(argv)))
+    if options.beta is None:  # these defaults are the best of one sweep on data/: see the README
+        options.beta = 0.1 if options.continuous else 3.0
+    if options.learning_rate is None:
+        options.learning_rate = {"sft": 1e-3, "dpo": 1e-3, "unlikelihood": 3e-5}.get(options.method, 3e-4)
     least = {"beta": 0, "learning_rate": 0, "epochs": 0, "batch_size": 0, "gradient_accumulation": 0, "max_length": 1}
     for name, bound in least.items():
         if not bound < getattr(options, name) < math.inf:
@@ -504,6 +508,7 @@ def main(argv=None):
     torch.backends.cuda.matmul.allow_tf32 = True
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)  # same seed, same machine: the same weights
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a check that costs time
     tokenizer, model = load_model(options.model, options, device)
     tokenize(train_rows + test_rows, tokenizer, options.max_length)
     out.mkdir(parents=True, exist_ok=True)
