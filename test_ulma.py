@@ -49,7 +49,8 @@ def test_log_z_may_be_one_value_a_row():
     logps, ref_logps, _ = draw(4)
     log_z = torch.tensor([0.0, 1.0, -2.0, 3.0])
     for i, r in enumerate(implicit_reward(logps, ref_logps, 0.1, log_z)):
-        assert r.item() == pytest.approx(implicit_reward(logps[i], ref_logps[i], 0.1, log_z[i].item()).item(), abs=1e-12)
+        one = implicit_reward(logps[i], ref_logps[i], 0.1, log_z[i].item())
+        assert r.item() == pytest.approx(one.item(), abs=1e-12)
 
 
 @pytest.mark.parametrize("beta, log_z", [(0.1, 0.0), (0.5, 2.0), (1.0, -3.0)])
@@ -63,7 +64,8 @@ def test_every_loss_is_its_equation(beta, log_z):
         at = (logps[i], ref_logps[i])
         assert sft_loss(logps[i]).item() == pytest.approx(-logp)
         assert pointwise_dpo_loss(*at, labels[i], beta, log_z).item() == pytest.approx(binary)
-        assert pointwise_dpo_loss(*at, graded[i], beta, log_z, continuous=True).item() == pytest.approx((score - r) ** 2)
+        square = pointwise_dpo_loss(*at, graded[i], beta, log_z, continuous=True)
+        assert square.item() == pytest.approx((score - r) ** 2)
         assert ulma_loss(*at, labels[i], beta, log_z).item() == pytest.approx(z * -logp + (1 - z) * binary)
         squared = -logp if score == 1 else (score - r) ** 2
         assert ulma_loss(*at, graded[i], beta, log_z, continuous=True).item() == pytest.approx(squared)
@@ -76,7 +78,8 @@ def test_pairwise_dpo_is_its_equation_and_its_gradient():
     gaps = [0.3 * ((a - b) - (c - d)) for a, b, c, d in zip(*(t.tolist() for t in (logps_w, ref_w, logps_l, ref_l)))]
     assert loss.tolist() == pytest.approx([-math.log(sigma(gap)) for gap in gaps])
     assert grad(loss, logps_w) == pytest.approx([-0.3 * sigma(-gap) for gap in gaps])  # −β σ(r_l − r_w) (∇_w − ∇_l)
-    assert grad(dpo_loss(logps_w, logps_l, ref_w, ref_l, 0.3), logps_l) == pytest.approx([0.3 * sigma(-gap) for gap in gaps])
+    loss = dpo_loss(logps_w, logps_l, ref_w, ref_l, 0.3)
+    assert grad(loss, logps_l) == pytest.approx([0.3 * sigma(-gap) for gap in gaps])
 
 
 def test_log_z_cancels_between_the_two_responses_of_a_pair_but_not_in_a_single_one():
@@ -149,7 +152,8 @@ def test_the_continuous_gradient_is_minus_2_beta_times_z_minus_r():
     scores = torch.rand(64, dtype=torch.float64)
     rewards = [0.3 * (a - b + 0.5) for a, b in zip(logps.tolist(), ref_logps.tolist())]
     expected = [-2 * 0.3 * (z - r) for z, r in zip(scores.tolist(), rewards)]
-    assert grad(pointwise_dpo_loss(logps, ref_logps, scores, 0.3, 0.5, continuous=True), logps) == pytest.approx(expected)
+    loss = pointwise_dpo_loss(logps, ref_logps, scores, 0.3, 0.5, continuous=True)
+    assert grad(loss, logps) == pytest.approx(expected)
 
 
 def test_ulma_follows_demonstrations_without_the_brake_that_pointwise_dpo_puts_on_them():
@@ -204,9 +208,10 @@ def test_where_policy_and_reference_agree_every_binary_preference_term_is_log_2(
 
 @pytest.mark.parametrize("continuous", [False, True])
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
-def test_with_the_label_priors_log_z_the_mean_gradient_over_rewards_starts_at_zero_and_with_0_it_does_not(continuous, share):
+def test_the_label_priors_log_z_zeroes_the_mean_gradient_over_rewards_and_log_z_0_does_not(continuous, share):
     labels = (torch.arange(60) < 60 * share).double()
-    for log_z, balanced in ((prior_log_z(labels.mean().item(), 0.3, continuous), True), (0.0, share == 0.5 and not continuous)):
+    prior = prior_log_z(labels.mean().item(), 0.3, continuous)
+    for log_z, balanced in ((prior, True), (0.0, share == 0.5 and not continuous)):
         logps = torch.zeros(60, dtype=torch.float64, requires_grad=True)  # π_θ = π_ref
         pull = sum(grad(pointwise_dpo_loss(logps, torch.zeros(60), labels, 0.3, log_z, continuous), logps))
         assert (abs(pull) < 1e-9) is balanced
@@ -260,7 +265,8 @@ def test_without_log_z_it_is_not(continuous):
 # Log-probabilities
 
 TINY = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=8, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+            num_key_value_heads=2, head_dim=8, max_position_embeddings=64, pad_token_id=0, bos_token_id=1,
+            eos_token_id=2)
 ARCHITECTURES = {  # several of these scale or cap their logits, in ways that change the result
     "gpt2": dict(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64),
     "llama": TINY, "qwen3": TINY, "gemma2": {**TINY, "final_logit_softcapping": 2.0, "query_pre_attn_scalar": 8},
@@ -285,7 +291,8 @@ def batch(side, prompts=(5, 1, 3, 7), responses=(4, 6, 1, 0)):
             for p, r in zip(prompts, responses)]
 
     def padded(values):
-        return torch.tensor([[0] * (width - len(v)) + v if side == "left" else v + [0] * (width - len(v)) for v in values])
+        pads = [[0] * (width - len(v)) for v in values]
+        return torch.tensor([pad + v if side == "left" else v + pad for v, pad in zip(values, pads)])
 
     return (padded([p + r for p, r in rows]), padded([[1] * len(p + r) for p, r in rows]),
             padded([[0] * len(p) + [1] * len(r) for p, r in rows]), rows)
@@ -441,7 +448,8 @@ def test_dpo_takes_every_positive_with_every_negative_of_its_prompt_and_sft_the_
 
 
 @pytest.mark.parametrize("max_length, prompt, response", [
-    (8, [10, 11, 12, 13], [20, 21, 22, 2]), (7, [11, 12, 13], [20, 21, 22, 2]), (5, [12, 13], [20, 21, 22]), (2, [13], [20])])
+    (8, [10, 11, 12, 13], [20, 21, 22, 2]), (7, [11, 12, 13], [20, 21, 22, 2]), (5, [12, 13], [20, 21, 22]),
+    (2, [13], [20])])
 def test_truncation_keeps_the_end_of_the_prompt_and_the_start_of_the_completion(max_length, prompt, response):
     def tokenizer(texts, **kwargs):
         return transformers.BatchEncoding({"input_ids": [[int(token) for token in text.split()] for text in texts]})
@@ -457,7 +465,8 @@ def test_a_row_without_prompt_tokens_is_an_error_that_names_it(capsys):
         return transformers.BatchEncoding({"input_ids": [[] for _ in texts]})
 
     tokenizer.eos_token_id = 2
-    assert "row 7" in error_of(capsys, ulma.tokenize, [{"prompt": "?", "completion": "!", "where": "row 7"}], tokenizer, 9)
+    rows = [{"prompt": "?", "completion": "!", "where": "row 7"}]
+    assert "row 7" in error_of(capsys, ulma.tokenize, rows, tokenizer, 9)
 
 
 def test_the_response_is_the_completion_and_its_end_of_sequence_token():
@@ -491,7 +500,8 @@ def test_batches_hold_every_row_once_an_epoch_in_an_order_of_the_seeds_and_alike
     batches = ulma.bucketed_batches(examples, 8, random.Random(1))
     assert sorted(r["id"] for batch in batches for r, in batch) == list(range(1003))
     assert sorted(map(len, batches)) == [3] + [8] * 125
-    assert batches == ulma.bucketed_batches(examples, 8, random.Random(1)) != ulma.bucketed_batches(examples, 8, random.Random(2))
+    again, other = (ulma.bucketed_batches(examples, 8, random.Random(seed)) for seed in (1, 2))
+    assert batches == again != other
     padded = sum(len(batch) * max(r["length"] for r, in batch) for batch in batches)
     assert padded < 1.1 * sum(r["length"] for r, in examples)
 
@@ -520,7 +530,7 @@ def test_reward_auc_is_the_share_of_pairs_in_order_with_ties_a_half():
         return concordance(torch.tensor(scores), torch.tensor(labels))
 
     assert auc([3.0, 2.0, 1.0], [1, 1, 0]) == 1 and auc([1.0, 2.0], [1, 0]) == 0 and auc([1.0, 1.0], [1, 0]) == 0.5
-    assert auc([1.0, 3.0, 2.0, 2.0], [1.0, 0.5, 0.5, 0.0]) == (0 + 0 + 0 + 1 + 0.5) / 5  # graded: equal labels are no pair
+    assert auc([1.0, 3.0, 2.0, 2.0], [1.0, 0.5, 0.5, 0.0]) == (0 + 0 + 0 + 1 + 0.5) / 5  # equal labels are no pair
     assert auc([1.0, 2.0], [1, 1]) is None
 
 
@@ -531,7 +541,8 @@ def small(tmp_path_factory):
     train, test = ([json.loads(line) for line in (HERE / "data" / f"{split}.jsonl").read_text().splitlines()]
                    for split in ("train", "test"))
     pairs = [r["prompt"] for r in train if r["label"]][:24]
-    write(folder / "train.jsonl", [r for r in train if r["prompt"] in pairs] + [r for r in train if not r["demonstrated"]][:48])
+    others = [r for r in train if not r["demonstrated"]][:48]
+    write(folder / "train.jsonl", [r for r in train if r["prompt"] in pairs] + others)
     write(folder / "test.jsonl", [r for i in range(0, 480, 20) for r in test[i:i + 2]])
     (folder / "README.md").write_text((HERE / "data" / "README.md").read_text())
     return folder
@@ -554,7 +565,8 @@ def weights(folder):
 @pytest.mark.parametrize("flags", [
     ("--method", "ulma"), ("--method", "pointwise-dpo"), ("--method", "sft"), ("--method", "unlikelihood"),
     ("--method", "dpo"), ("--method", "ulma", "--continuous"), ("--method", "pointwise-dpo", "--continuous"),
-    ("--method", "ulma", "--length-normalize"), ("--log-z", "0", "--gradient-checkpointing", "--gradient-accumulation", "3")],
+    ("--method", "ulma", "--length-normalize"),
+    ("--log-z", "0", "--gradient-checkpointing", "--gradient-accumulation", "3")],
     ids=" ".join)
 def test_every_method_trains_from_end_to_end(run, flags):
     results, out = run(*flags)
