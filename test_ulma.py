@@ -318,6 +318,14 @@ def test_response_logps_is_the_sum_over_response_tokens_alone(name, side):
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
 
 
+def test_a_rows_log_probability_is_that_of_its_completion_and_with_length_normalize_the_mean_over_its_tokens():
+    model, rows = tiny("llama"), batch("right")[3][:3]
+    data = [{"input_ids": p + r, "length": len(p + r), "prompt_length": len(p)} for p, r in rows]
+    total, average = (ulma.batch_logps(model, data, ulma.Options(length_normalize=mean)) for mean in (False, True))
+    torch.testing.assert_close(total, token_by_token(model, rows), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(average, total / torch.tensor([len(r) for _, r in rows]))
+
+
 @pytest.mark.parametrize("kind", [torch.bool, torch.int64, torch.float32])
 def test_masks_may_be_of_any_type_and_with_padding_on_the_right_attention_mask_may_be_none(kind):
     model = tiny("llama")
@@ -532,6 +540,16 @@ def test_reward_auc_is_the_share_of_pairs_in_order_with_ties_a_half():
     assert auc([3.0, 2.0, 1.0], [1, 1, 0]) == 1 and auc([1.0, 2.0], [1, 0]) == 0 and auc([1.0, 1.0], [1, 0]) == 0.5
     assert auc([1.0, 3.0, 2.0, 2.0], [1.0, 0.5, 0.5, 0.0]) == (0 + 0 + 0 + 1 + 0.5) / 5  # equal labels are no pair
     assert auc([1.0, 2.0], [1, 1]) is None
+
+
+@pytest.mark.parametrize("length_normalize, logp", [(False, -6.0), (True, -2.0)])
+def test_perplexity_is_a_token_and_of_demonstrations_alone(monkeypatch, length_normalize, logp):
+    rows = [{"prompt": "a", "label": label, "length": 5, "prompt_length": 2, "references": []} for label in (1, 0, 0)]
+    monkeypatch.setattr(ulma, "score", lambda model, rows, *_: [r.update(logp=logp * r["label"] - 1e-9) for r in rows])
+    monkeypatch.setattr(ulma, "generate", lambda model, tokenizer, rows, *_: {r["prompt"]: [""] for r in rows})
+    options = ulma.Options(beta=1.0, length_normalize=length_normalize)
+    metrics, _ = ulma.evaluate(None, None, rows, options, "test")
+    assert metrics == {"perplexity": pytest.approx(math.exp(2)), "reward_auc": 0.5}  # 6 nats over 3 tokens
 
 
 @pytest.fixture(scope="module")
