@@ -4,7 +4,7 @@
 Cai et al., arXiv 2312.02554. To be read beside the paper, in its order: the losses, the log-probabilities they are made
 of, the data, evaluation, training, the command line.
 
-    python ulma.py --method ulma                                      # on data/, offline, in half a minute
+    python ulma.py --method ulma                                      # on data/, offline, in under a minute
     python ulma.py --method pointwise-dpo --output-dir runs/first     # another loss
     python ulma.py --eval-only --model runs/first                     # any model folder, a finished run's too
     python ulma.py --model Qwen/Qwen2.5-0.5B --data Anthropic/hh-rlhf --beta 0.1 --learning-rate 1e-6 --epochs 1
