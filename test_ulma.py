@@ -673,7 +673,8 @@ def test_an_output_folder_with_files_in_it_is_never_overwritten(run, tmp_path, c
 
 @pytest.mark.parametrize("flags, told", [
     (("--beta", "0"), "--beta"), (("--max-length", "1"), "--max-length"), (("--max-length", "4096"), "1024"),
-    (("--log-z", "much"), "--log-z"), (("--data", "nowhere"), "nowhere"), (("--model", "nowhere"), "nowhere"),
+    (("--log-z", "much"), "--log-z"), (("--log-z", "nan"), "--log-z"), (("--data", "nowhere"), "nowhere"),
+    (("--model", "nowhere"), "nowhere"),
     (("--methd", "sft"), "--methd")])
 def test_a_mistake_on_the_command_line_gets_one_clear_line(run, capsys, monkeypatch, flags, told):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

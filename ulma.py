@@ -501,7 +501,9 @@ def main(argv=None):
     try:
         options.log_z = float(options.log_z)
     except ValueError:
-        fail(f"--log-z {options.log_z} is neither auto nor a number")
+        options.log_z = math.nan
+    if not math.isfinite(options.log_z):
+        fail("--log-z is neither auto nor a finite number")
 
     mps = torch.backends.mps.is_available()
     device = torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
@@ -518,8 +520,8 @@ def main(argv=None):
 
     results, generations = {"options": asdict(options)}, {}
     record = Path(options.model, "metrics.json")
-    if options.eval_only and record.is_file():  # a finished run: its reference is the model it started from
-        base = json.loads(record.read_text())["options"]["model"]
+    base = json.loads(record.read_text()).get("options", {}).get("model") if record.is_file() else None
+    if options.eval_only and base:  # a finished run: its reference is the model it started from
         score(load_model(base, options, device)[1], test_rows, options, "ref_logp", "reference")
     first = "eval" if options.eval_only else "before"
     results[first], generations[first] = evaluate(model, tokenizer, test_rows, options, first)
