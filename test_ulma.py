@@ -5,12 +5,15 @@
 import gzip
 import json
 import math
+import os
 import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read at import: a name that is no folder fails at once
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -676,8 +679,7 @@ def test_an_output_folder_with_files_in_it_is_never_overwritten(run, tmp_path, c
     (("--log-z", "much"), "--log-z"), (("--log-z", "nan"), "--log-z"), (("--data", "nowhere"), "nowhere"),
     (("--model", "nowhere"), "nowhere"),
     (("--methd", "sft"), "--methd")])
-def test_a_mistake_on_the_command_line_gets_one_clear_line(run, capsys, monkeypatch, flags, told):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_a_mistake_on_the_command_line_gets_one_clear_line(run, capsys, flags, told):
     assert told in error_of(capsys, run, *flags)
 
 
