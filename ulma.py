@@ -7,28 +7,39 @@ of, the data, evaluation, training, the command line.
     python ulma.py --method ulma                                      # on data/, offline, in under a minute
     python ulma.py --method pointwise-dpo --output-dir runs/first     # another loss
     python ulma.py --eval-only --model runs/first                     # any model folder, a finished run's too
+    python ulma.py --resume runs/first                                # an interrupted run goes on
     python ulma.py --model Qwen/Qwen2.5-0.5B --data Anthropic/hh-rlhf --beta 0.1 --learning-rate 1e-6 --epochs 1
+    torchrun --nproc-per-node 8 ulma.py --model ...                   # the same on eight GPUs
 """
+import gzip
 import json
 import math
 import os
 import random
+import shutil
+import signal
 import sys
 import time
+import zlib
+from argparse import Namespace
 from collections import defaultdict
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal, Optional
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from datasets import load_dataset
+from huggingface_hub import HfApi, constants
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import (AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser,
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser,
                           get_cosine_schedule_with_warmup)
 from transformers.hf_argparser import HfArg
 
@@ -123,6 +134,7 @@ def response_logps(model, input_ids, attention_mask, response_mask):
 # Data
 
 MAX_LOGITS = 2**29  # in one forward pass: 2 GiB in float32, of which training holds a few copies
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun says
 
 
 def fail(message):
@@ -137,56 +149,116 @@ def mean(values):
     return sum(values) / len(values) if values else None
 
 
-def pointwise_rows(row, where, continuous):
+def chunks(items, size):
+    return [items[i:i + size] for i in range(0, len(items), size)]
+
+
+def share(items):
+    """What falls to this process, perhaps nothing: the shares of all processes, in order, are the items."""
+    size = math.ceil(len(items) / PROCESSES)
+    return items[RANK * size:(RANK + 1) * size]
+
+
+def gather(items):
+    """The lists of all processes, in order, as one list in each of them."""
+    lists = [items] * PROCESSES
+    if PROCESSES > 1:
+        dist.all_gather_object(lists, items)
+    return sum(lists, [])
+
+
+def render(prompt, completion, tokenizer):
+    """Messages, lists of {"role", "content"}, as the texts (prompt, completion) of the tokenizer's chat template."""
+    start = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    whole = tokenizer.apply_chat_template(prompt + completion, tokenize=False)
+    start = os.path.commonprefix([start, whole])
+    text, eos, rest = whole[len(start):].rpartition(tokenizer.eos_token)
+    return start, text + eos if eos and not rest.strip() else text + eos + rest  # some templates break the line after
+
+
+def pointwise_rows(row, where, options, tokenizer):
     """The point-wise rows of a row: itself, or the two of a pair (chosen 1, rejected 0); `where` names it in errors.
 
-    A pair without `prompt` is two transcripts, as in HH-RLHF, where the prompt ends at the last "\n\nAssistant:".
+    A pair without `prompt` is two transcripts, as in HH-RLHF, where the prompt ends at the last "\n\nAssistant:", or
+    two lists of messages, where it ends before the last one.
     """
     pair = row.get("chosen") is not None and row.get("rejected") is not None
     if pair:
         rated = [(row["chosen"], 1), (row["rejected"], 0)]
     else:
-        rated = [(row.get("completion"), row.get("score" if continuous and "score" in row else "label"))]
+        rated = [(row.get("completion", row.get("response")),
+                  row.get("score" if options.continuous and "score" in row else "label"))]
     references, rows = row.get("references") or [], []
     if not isinstance(references, list) or not all(isinstance(text, str) for text in references):
         fail(f"{where}: references is {references!r}; write a list of texts")
     for completion, label in rated:
-        prompt = row.get("prompt")
-        if pair and prompt is None:
+        prompt, chat = row.get("prompt"), isinstance(completion, list)
+        if chat:
+            try:
+                prompt, turns = (completion[:-1], completion[-1:]) if prompt is None else (prompt, completion)
+                prompt, completion = render(prompt, turns, tokenizer)
+            except Exception as error:  # templates raise what they like
+                fail(f"{where}: the chat template of {options.model} does not take these messages: {short(error)}")
+        elif pair and prompt is None:
             prompt, turn, completion = str(completion).rpartition("\n\nAssistant:")
             prompt += turn
         for name, text in (("prompt", prompt), ("completion", completion)):
             if not isinstance(text, str) or not text and not (pair and name == "completion"):  # HH has empty turns
-                fail(f"{where}: the {name} is {text!r}; write text that is not empty (columns here: {', '.join(row)})")
-        if not isinstance(label, (bool, int, float)) or not 0 <= label <= 1 or not continuous and label not in (0, 1):
+                fail(f"{where}: the {name} is {text!r}; write text that is not empty")
+        if (not isinstance(label, (bool, int, float)) or not 0 <= label <= 1
+                or not options.continuous and label not in (0, 1)):
             fail(f"{where}: the label is {label!r}; write 1 (demonstration or thumbs-up) or 0 (thumbs-down)"
-                 + (", or a score in between" if continuous else "; scores in between need --continuous"))
-        rows.append({"prompt": prompt, "completion": completion, "label": label, "where": where,
+                 + (", or a score in between" if options.continuous else "; scores in between need --continuous"))
+        rows.append({"prompt": prompt, "completion": completion, "label": label, "where": where, "chat": chat,
                      "references": references, "demonstrated": row.get("demonstrated")})
     return rows
 
 
-def load_rows(options):
+def short(error):
+    """What the innermost exception says, on one line."""
+    return " ".join(f"{error.__cause__ or error}".split())[:300] or type(error.__cause__ or error).__name__
+
+
+def broken_line(path):
+    """Names the first line below path that is not a JSON object; an empty string if there is none."""
+    for file in [path] if path.is_file() else sorted(path.rglob("*.json*")):
+        with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    if line.strip() and not isinstance(json.loads(line.decode("utf-8-sig")), dict):
+                        return f"{file}, line {number}: not a JSON object"
+                except ValueError as error:
+                    return f"{file}, line {number}: {error}"
+    return ""
+
+
+def load_rows(options, tokenizer):
     """(training rows, test rows) of --data; without a test split, a seeded tenth of the prompts is held out for it."""
     path = Path(options.data)
-    source = {"path": "json", "data_files": options.data} if path.is_file() else {"path": options.data}
+    source = {"path": "json", "data_files": options.data} if path.is_file() else {
+        "path": options.data, "name": options.data_config or None, "data_dir": options.data_dir or None}
     cache = TemporaryDirectory(ignore_cleanup_errors=True)  # that of datasets misses edits to a folder with a README
     try:
         splits = load_dataset(**source, cache_dir=cache.name if path.exists() else None)
     except Exception as error:  # datasets raises many kinds, with the cause inside
-        reason = str(error.__cause__ or error) or repr(error.__cause__)
-        fail(f"--data {options.data} cannot be read: {' '.join(reason.split())[:300]}")
-    if "train" not in splits:
+        fail(f"--data {options.data} cannot be read: {broken_line(path) or short(error)}")
+    if not splits.keys() & ({"train", "test"} if options.eval_only else {"train"}):
         fail(f"--data {options.data} has the splits {list(splits)}; it needs `train`, and may have `test`")
-    train_rows, test_rows = ([r for i, row in enumerate(splits.get(name, ()), 1) for r in
-                              pointwise_rows(row, f"{options.data}, {name} row {i}", options.continuous)]
-                             for name in ("train", "test"))
+    train_rows, test_rows = [], []
+    for name, rows in (("train", train_rows), ("test", test_rows)):
+        columns = set(splits[name].column_names if name in splits else ("chosen", "rejected"))
+        if not (columns >= {"chosen", "rejected"} or columns >= {"prompt"} and columns & {"completion", "response"}
+                and columns & {"label", *(["score"] if options.continuous else [])}):
+            fail(f"--data {options.data}, {name}: the columns are {', '.join(sorted(columns))}; needed are prompt, "
+                 "completion and label (with --continuous, score will do), or chosen and rejected")
+        for number, row in enumerate(splits.get(name, ()), 1):
+            rows += pointwise_rows(row, f"{options.data}, {name} row {number}", options, tokenizer)
     if "test" not in splits:
         prompts = sorted({r["prompt"] for r in train_rows})
         held_out = set(random.Random(options.seed).sample(prompts, math.ceil(len(prompts) / 10)))
         test_rows = [r for r in train_rows if r["prompt"] in held_out]
         train_rows = [r for r in train_rows if r["prompt"] not in held_out]
-    if not train_rows or not test_rows:
+    if not test_rows or not train_rows and not options.eval_only:
         fail(f"--data {options.data} leaves {len(train_rows)} rows to train on, {len(test_rows)} to test on; add some")
     return train_rows, test_rows
 
@@ -203,22 +275,28 @@ def make_examples(rows, method):
 
 def tokenize(rows, tokenizer, max_length):
     """Adds input_ids, prompt_length and length to the rows. Prompt and completion apart: no token spans both."""
-    prompts = tokenizer([r["prompt"] for r in rows]).input_ids
-    completions = tokenizer([r["completion"] for r in rows], add_special_tokens=False).input_ids
-    for row, prompt, completion in zip(rows, prompts, completions):
-        if prompt[-1:] == [tokenizer.eos_token_id]:  # some tokenizers close every text
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    special = not any(r["chat"] for r in rows)  # a chat template writes them itself
+    prompts = tokenizer([r["prompt"] for r in rows], add_special_tokens=special).input_ids
+    # Some tokenizers, Llama 2's is one, put a space before a text; behind a line break, which is cut off, they do not.
+    guard = "\n" if tokenizer.tokenize("a")[0].startswith("▁") else ""
+    guarded = tokenizer([guard, *(guard + r["completion"] for r in rows)], add_special_tokens=False).input_ids
+    for row, prompt, completion in zip(rows, prompts, guarded[1:]):
+        completion = completion[len(guarded[0]):]
+        if special and prompt[-1:] == [eos]:  # some tokenizers close every text
             prompt = prompt[:-1]
+        if prompt[:2] == [bos, bos]:  # the row brings its own
+            prompt = prompt[1:]
         if not prompt:
             fail(f"{row['where']}: the prompt {row['prompt']!r} has no tokens; write one that has some")
-        completion = completion + [tokenizer.eos_token_id]
+        if completion[-1:] != [eos]:
+            completion = completion + [eos]
         # Too long: the end of the prompt and the start of the completion stay, each with at least half the room.
-        prompt = prompt[-max(max_length - len(completion), max_length // 2):]
+        room = max(max_length - len(completion), max_length // 2)
+        start = prompt[:1] if prompt[0] == bos and room > 1 else []  # what opens every text stays as well
+        prompt = start + prompt[len(start):][len(start) - room:]
         row["input_ids"], row["prompt_length"] = (prompt + completion)[:max_length], len(prompt)
         row["length"] = len(row["input_ids"])
-
-
-def chunks(items, size):
-    return [items[i:i + size] for i in range(0, len(items), size)]
 
 
 def bucketed_batches(examples, batch_size, rng):
@@ -230,9 +308,10 @@ def bucketed_batches(examples, batch_size, rng):
 
 
 def split(batch, model):
-    """The batch in parts of at most MAX_LOGITS logits each, or of one example: most often a single part."""
+    """The batch in parts of at most MAX_LOGITS logits a process, or of one example: most often a single part."""
     longest = max(sum(r["length"] - r["prompt_length"] for r in example) for example in batch)
-    return chunks(batch, max(1, MAX_LOGITS // (longest * model.get_output_embeddings().weight.shape[0])))
+    size = max(1, MAX_LOGITS // (longest * model.get_output_embeddings().weight.shape[0]))
+    return chunks(batch, size * PROCESSES)
 
 
 def batch_logps(model, rows, options):
@@ -250,10 +329,12 @@ def batch_logps(model, rows, options):
 def score(model, rows, options, key, title):
     """Sets row[key], log π(y|x), of every row. Longest first: what does not fit in memory fails at once."""
     examples = sorted(((row,) for row in rows), key=lambda e: -e[0]["length"])
-    parts = [part for batch in chunks(examples, 2 * options.batch_size) for part in split(batch, model)]
+    parts = [part for batch in chunks(examples, 2 * options.batch_size * PROCESSES) for part in split(batch, model)]
     model.eval()
     for part in tqdm(parts, desc=f"{title}: log-probs", unit="batch", disable=not parts):
-        for (row,), logp in zip(part, batch_logps(model, [row for row, in part], options).tolist()):
+        mine = share(part)
+        logps = batch_logps(model, [row for row, in mine or part[:1]], options).tolist()  # no process may stay away
+        for (row,), logp in zip(part, gather(logps if mine else [])):
             if not math.isfinite(logp):
                 fail(f"{row['where']}: log π(y|x) is {logp}: the model is broken; was --learning-rate too high?")
             row[key] = logp
@@ -275,12 +356,13 @@ def generate(model, tokenizer, rows, max_new_tokens, samples, options, title):
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **({"top_k": 0} if samples else {}))
     room = max(1, (getattr(model.config, "max_position_embeddings", None) or sys.maxsize) - max_new_tokens)
     model.eval()
-    batches = chunks(sorted(rows, key=lambda r: -r["prompt_length"]), 8 * options.batch_size)
+    batches = chunks(sorted(rows, key=lambda r: -r["prompt_length"]), 8 * options.batch_size * PROCESSES)
     for batch in tqdm(batches, desc=f"{title}: generation", unit="batch"):
-        prompts = [r["input_ids"][:r["prompt_length"]][-room:] for r in batch]
+        mine = share(batch)
+        prompts = [r["input_ids"][:r["prompt_length"]][-room:] for r in mine or batch[:1]]
         inputs = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
-        output = model.generate(**inputs)[:, inputs["input_ids"].shape[1]:]
-        texts = tokenizer.batch_decode(output, skip_special_tokens=True)
+        output = model.generate(**inputs, synced_gpus=PROCESSES > 1)[:, inputs["input_ids"].shape[1]:]
+        texts = gather(tokenizer.batch_decode(output, skip_special_tokens=True) if mine else [])
         completions.update(zip((r["prompt"] for r in batch), chunks(texts, max(samples, 1))))
     model.generation_config = own
     return completions
@@ -318,7 +400,7 @@ def evaluate(model, tokenizer, rows, options, title):
     scored = list({r["prompt"]: r for r in rows if r["references"]}.values())
     shown = scored or list({r["prompt"]: r for r in rows}.values())[:SHOWN]
     lengths = [len(ids) for r in scored for ids in tokenizer(r["references"]).input_ids]
-    torch.manual_seed(options.seed)
+    torch.manual_seed(options.seed + RANK)
     texts = {how: generate(model, tokenizer, shown, max(lengths, default=62) + 2, samples, options, f"{title}, {how}")
              for how, samples in (("sampled", SAMPLES if scored else 1), ("greedy", 0))}
     if scored:
@@ -375,52 +457,109 @@ def disable_dropout(model):
                 setattr(module, name, 0.0)
 
 
-def train(model, examples, options, log_file):
-    """Minimises the mean of method_loss over the examples, in place. Returns (tokens seen, seconds)."""
-    optimizer = torch.optim.AdamW(model.parameters(), options.learning_rate, weight_decay=0.0,
-                                  fused=model.device.type == "cuda")
-    steps = options.epochs * math.ceil(len(examples) / options.batch_size / options.gradient_accumulation)
+def save_checkpoint(out, state):
+    """Writes out/checkpoint-STEP, a file a process. A rename makes it whole; only then the one before is deleted."""
+    partial, before = out / "partial-checkpoint", list(out.glob("checkpoint-*"))
+    partial.mkdir(exist_ok=True)
+    with open(partial / f"{RANK}.pt", "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    gather([])  # waits for all
+    if RANK == 0:
+        partial.rename(out / f"checkpoint-{state['step']}")
+        for folder in before:
+            shutil.rmtree(folder)
+
+
+def load_checkpoint(out, rows):
+    """The state in the last checkpoint of the run in out; an empty one if there is none."""
+    folder = max(out.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), default=None)
+    if not folder:
+        return {}
+    if (processes := len(list(folder.iterdir()))) != PROCESSES:
+        fail(f"{folder} is of {processes} processes, this run has {PROCESSES}; start it with as many")
+    try:
+        state = torch.load(folder / f"{RANK}.pt", weights_only=True)
+    except Exception as error:  # a damaged file raises many kinds
+        fail(f"{folder} cannot be read, delete it to start from the beginning: {short(error)}")
+    if state["rows"] != rows:
+        fail(f"{folder} is of other rows than --data has now; put those back, or start a new run")
+    return state
+
+
+def train(model, examples, options, out, state, interrupted):
+    """Minimises the mean of method_loss over the examples, in place, from state["step"] on. Updates the state.
+
+    Whatever fills the list `interrupted` makes it end the step, write a checkpoint and raise KeyboardInterrupt.
+    """
+    cuda = model.device.type == "cuda"
+    optimizer = torch.optim.AdamW(model.parameters(), options.learning_rate, weight_decay=0.0, fused=cuda)
+    global_batch = options.batch_size * PROCESSES
+    steps = options.epochs * math.ceil(len(examples) / global_batch / options.gradient_accumulation)
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
-    rng, tokens, recent, start = random.Random(options.seed), 0, defaultdict(list), time.perf_counter()
-    progress = tqdm(total=steps, desc=f"train: {options.method}", unit="step")
+    if state["step"]:
+        for name, part in (("model", model), ("optimizer", optimizer), ("schedule", schedule)):
+            part.load_state_dict(state.pop(name))
+        torch.set_rng_state(state["random"][0])
+        for random_state in state["random"][1:]:
+            torch.cuda.set_rng_state(random_state)
+    rng, recent, start = random.Random(options.seed), defaultdict(list), time.perf_counter() - state["seconds"]
+    log_file = open(out / "log.jsonl" if RANK == 0 else os.devnull, "w", buffering=1)
+    log_file.writelines(state["log"])
+    progress = tqdm(total=steps, initial=state["step"], desc=f"train: {options.method}", unit="step")
     model.train(options.gradient_checkpointing)  # which works in train mode only
-    for _ in range(options.epochs):
-        for step in chunks(bucketed_batches(examples, options.batch_size, rng), options.gradient_accumulation):
-            for batch in [part for batch in step for part in split(batch, model)]:
-                rows = [row for column in zip(*batch) for row in column]  # of pairs first the positives
-                columns = torch.tensor([[r["label"], r.get("ref_logp", 0.0)] for r in rows])  # 0: nothing reads it
-                labels, ref_logps = columns.to(model.device, non_blocking=True).T
-                logps = batch_logps(model, rows, options)
-                losses = method_loss(logps, ref_logps, labels, options)
-                (losses.sum() / sum(map(len, step))).backward()  # the mean over the step's examples
+    plan = (step for _ in range(options.epochs)
+            for step in chunks(bucketed_batches(examples, global_batch, rng), options.gradient_accumulation))
+    for number, step in islice(enumerate(plan, 1), state["step"], None):  # a resumed run shuffles alike, and skips
+        for part in [part for batch in step for part in split(batch, model)]:
+            mine = share(part)
+            rows = [row for column in zip(*(mine or part[:1])) for row in column]  # of pairs first the positives
+            columns = torch.tensor([[r["label"], r.get("ref_logp", 0.0)] for r in rows])  # 0: nothing reads it
+            labels, ref_logps = columns.to(model.device, non_blocking=True).T
+            logps = batch_logps(model, rows, options)
+            losses = method_loss(logps, ref_logps, labels, options)
+            weight = PROCESSES if mine else 0  # no process may stay away; FSDP takes the mean over them
+            (losses.sum() * weight / sum(map(len, step))).backward()  # the mean over the step's examples
+            if mine:
                 rewards = implicit_reward(logps, ref_logps, options.beta, options.log_z)
-                recent["where"] += [f"step {progress.n + 1}, {example[0]['where']}" for example in batch]
+                recent["where"] += [f"step {number}, {example[0]['where']}" for example in mine]
                 recent["loss"].append(losses.detach())
-                recent["row"] += rows
+                recent["positive"] += [r["label"] > 0.5 if reads_reference(r, options.method) else None for r in rows]
                 recent["reward"].append(rewards.detach())
-                tokens += sum(r["length"] for r in rows)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            learning_rate = schedule.get_last_lr()[0]
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            progress.update()
-            if progress.n % LOG_EVERY == 0 or progress.n == steps:  # the only wait for the GPU
-                losses, rewards = torch.cat(recent["loss"]).tolist(), torch.cat(recent["reward"]).tolist()
-                faults = [where for where, loss in zip(recent["where"], losses) if not math.isfinite(loss)]
-                if faults:
-                    fail(f"the loss is not finite; try a lower --learning-rate. First at {'; '.join(faults[:8])}")
-                known = [(row["label"] > 0.5, reward) for row, reward in zip(recent["row"], rewards)
-                         if reads_reference(row, options.method)]  # of other rows no log π_ref was computed
-                line = {"step": progress.n, "loss": mean(losses),
-                        "reward_positive": mean(reward for positive, reward in known if positive),
-                        "reward_negative": mean(reward for positive, reward in known if not positive),
-                        "learning_rate": learning_rate, "tokens_per_second": tokens / (time.perf_counter() - start)}
-                log_file.write(json.dumps(line) + "\n")
-                progress.set_postfix({k: f"{v:.3g}" for k, v in line.items() if v is not None and k != "step"})
-                recent.clear()
+            state["tokens"] += sum(r["length"] for example in part for r in example)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        learning_rate = schedule.get_last_lr()[0]
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        progress.update()
+        stop = any(gather(interrupted))
+        save = stop or options.save_steps and number % options.save_steps == 0
+        if save or number % LOG_EVERY == 0 or number == steps:  # the only wait for the GPU
+            losses, rewards = (gather(list(zip(recent[name], torch.cat(recent[of]).tolist() if recent[of] else [])))
+                               for name, of in (("where", "loss"), ("positive", "reward")))
+            faults = [where for where, loss in losses if not math.isfinite(loss)]
+            if faults:
+                fail(f"the loss is not finite; try a lower --learning-rate. First at {'; '.join(faults[:8])}")
+            state["seconds"] = time.perf_counter() - start
+            line = {"step": number, "loss": mean(loss for _, loss in losses),  # rewards: where log π_ref was computed
+                    "reward_positive": mean(reward for positive, reward in rewards if positive),
+                    "reward_negative": mean(reward for positive, reward in rewards if positive is False),
+                    "learning_rate": learning_rate, "tokens_per_second": state["tokens"] / state["seconds"]}
+            state["log"].append(json.dumps(line) + "\n")
+            log_file.write(state["log"][-1])
+            progress.set_postfix({k: f"{v:.3g}" for k, v in line.items() if v is not None and k != "step"})
+            recent.clear()
+        if save:
+            random_states = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if cuda else [])
+            parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                     "schedule": schedule.state_dict()}
+            save_checkpoint(out, {**state, **parts, "step": number, "random": random_states})
+        if stop:
+            raise KeyboardInterrupt
     progress.close()
-    return tokens, time.perf_counter() - start
+    log_file.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -432,6 +571,8 @@ class Options:
     method: Literal["ulma", "pointwise-dpo", "sft", "unlikelihood", "dpo"] = HfArg(default="ulma", help="the loss")
     model: str = HfArg(default="data/base", help="π_ref, where training starts: a folder or a Hugging Face hub name")
     data: str = HfArg(default="data", help="a folder, a .jsonl or .jsonl.gz file, or a hub name")
+    data_config: str = HfArg(default="", help="the configuration of --data, where it has several")
+    data_dir: str = HfArg(default="", help="the folder within --data, where only that is meant")
     output_dir: str = HfArg(default="", help="for the model and its records; if not given, a new folder in runs/")
     beta: Optional[float] = HfArg(default=None, help="β, the strength of the KL regulariser; 3, with --continuous 0.1")
     log_z: str = HfArg(default="auto", help="log Z(x); auto: β log Z = logit(mean label), the mean if --continuous")
@@ -439,30 +580,70 @@ class Options:
     length_normalize: bool = HfArg(default=False, help="log π(y|x) as a mean over tokens, not the paper's sum")
     learning_rate: Optional[float] = HfArg(default=None, help="the peak; 3e-4, for sft and dpo 1e-3, unlikelihood 3e-5")
     epochs: int = HfArg(default=5, help="passes over the training rows")
-    batch_size: int = HfArg(default=16, help="rows a forward pass")
+    batch_size: int = HfArg(default=16, help="rows a forward pass, in each process")
     gradient_accumulation: int = HfArg(default=1, help="forward passes an optimiser step")
     gradient_checkpointing: bool = HfArg(default=False, help="less memory for a third more compute")
     max_length: int = HfArg(default=512, help="tokens a row; prompts lose their start, completions their end")
     seed: int = HfArg(default=0, help="of the shuffling, the held-out prompts and the samples")
+    save_steps: int = HfArg(default=0, help="optimiser steps between checkpoints; 0: only Ctrl-C writes one")
+    resume: str = HfArg(default="", help="the output folder of an interrupted run, to go on with it; takes its options")
     eval_only: bool = HfArg(default=False, help="evaluate --model and stop")
 
 
-def load_model(name, options, device):
-    """(tokenizer, model), the weights in float32, from safetensors."""
+def find(option, kind, name):
+    """Asks the hub for what is not a folder or file here: once, where its client would go on asking for a minute."""
+    if not os.path.exists(name) and not constants.HF_HUB_OFFLINE:
+        try:
+            HfApi().repo_info(name, repo_type=kind, timeout=5)
+        except Exception as error:  # whatever the network does
+            fail(f"{option} {name} is neither here nor can it be had from the hub (if it is in the hub's cache, "
+                 f"set HF_HUB_OFFLINE=1): {short(error)}")
+
+
+def load_tokenizer(name):
+    """The model's tokenizer, with what is missing for padding."""
+    find("--model", "model", name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
+        config, tokenizer = AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
     except Exception as error:  # transformers raises many kinds
-        fail(f"--model {name} cannot be loaded: {' '.join(str(error).split())[:300]}")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        fail(f"--model {name}: its configuration or tokenizer cannot be loaded: {short(error)}")
+    if config.is_encoder_decoder:
+        fail(f"--model {name} is an encoder-decoder ({config.model_type}); name a decoder-only model")
+    if not tokenizer("a", add_special_tokens=False).input_ids:
+        fail(f"--model {name} holds no tokenizer; save the model's own there")
+    if len(tokenizer) > (rows := config.get_text_config().vocab_size):
+        fail(f"--model {name}: its tokenizer has {len(tokenizer)} tokens, its embedding {rows}; resize the embedding")
     if tokenizer.eos_token_id is None:
         fail(f"--model {name}: its tokenizer has no end-of-sequence token, which closes a response; set `eos_token`")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(name, options, device):
+    """The model, its weights in float32, from safetensors; sharded over the processes if there are several."""
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True,
+                                                              output_loading_info=True)
+    except Exception as error:  # transformers raises many kinds
+        fail(f"--model {name} cannot be loaded: {short(error)}")
+    if loading["missing_keys"]:
+        fail(f"--model {name} lacks weights of a causal language model: {', '.join(sorted(loading['missing_keys']))}")
     if options.max_length > (getattr(model.config, "max_position_embeddings", None) or sys.maxsize):
         fail(f"--max-length {options.max_length} is over the {model.config.max_position_embeddings} that {name} takes")
     disable_dropout(model)
-    if options.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    return tokenizer, model.to(device)
+    if options.gradient_checkpointing:  # under its name in transformers 5, or in 4
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
+    if PROCESSES > 1:  # FSDP2: each block, then what is left; on CUDA the gathered copies are bfloat16
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if device.type == "cuda" else MixedPrecisionPolicy()
+        for module in [*next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), model]:
+            fully_shard(module, reshard_after_forward=True, mp_policy=policy)
+    else:
+        model.to(device)
+    with torch.no_grad():
+        first = model.eval()(input_ids=torch.tensor([[0, 0], [0, 1]], device=device)).logits[:, 0]
+    if not torch.allclose(first[0], first[1], atol=1e-2):
+        fail(f"--model {name} sees the tokens to come (an encoder?); name a decoder-only model")
+    return model
 
 
 def peak_memory(device):
@@ -475,29 +656,67 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def main(argv=None):
-    options = Options(**vars(HfArgumentParser(Options, description=__doc__.splitlines()[0]).parse_args(argv)))
+def parse(argv):
+    """(options, output folder) of a command line, checked as far as that goes without data and model."""
+    parser = HfArgumentParser(Options, description=__doc__.splitlines()[0])
+    options = parser.parse_args(argv)
+    if options.resume:
+        out = Path(options.resume)
+        try:
+            saved = json.loads((out / "metrics.json").read_text())
+            begun = saved["options"]
+        except (OSError, ValueError, KeyError):
+            fail(f"--resume {out} holds no interrupted run; name the folder that a run said it would save to")
+        if saved.keys() & {"after", "eval"}:
+            fail(f"--resume {out}: there is nothing to go on with, that run is finished")
+        again = vars(parser.parse_args(argv, Namespace(**begun)))  # what argv does not say is as it was
+        changed = [f"--{name.replace('_', '-')}" for name in begun if name != "resume" and again[name] != begun[name]]
+        if changed:
+            fail(f"--resume goes on with the options that the run began with; leave out {' and '.join(changed)}")
+        return Options(**{**begun, "resume": options.resume}), out
+    options = Options(**vars(options))
     if options.beta is None:  # these defaults are the best of one sweep on data/: see the README
         options.beta = 0.1 if options.continuous else 3.0
     if options.learning_rate is None:
         options.learning_rate = {"sft": 1e-3, "dpo": 1e-3, "unlikelihood": 3e-5}.get(options.method, 3e-4)
-    least = {"beta": 0, "learning_rate": 0, "epochs": 0, "batch_size": 0, "gradient_accumulation": 0, "max_length": 1}
+    least = {"beta": 0, "learning_rate": 0, "epochs": 0, "batch_size": 0, "gradient_accumulation": 0, "max_length": 1,
+             "save_steps": -1}
     for name, bound in least.items():
         if not bound < getattr(options, name) < math.inf:
             fail(f"--{name.replace('_', '-')} is {getattr(options, name)}; write a number over {bound}")
+    if options.log_z != "auto" and options.method not in ("ulma", "pointwise-dpo"):
+        fail(f"--log-z is not in the loss of --method {options.method}; leave it out")
+    if options.eval_only and options.save_steps:
+        fail("--eval-only has nothing to save on the way; leave out --save-steps")
+    if os.path.isfile(options.data) and (options.data_config or options.data_dir):
+        fail(f"--data {options.data} is a file; leave out --data-config and --data-dir")
     kind = "eval" if options.eval_only else options.method
-    out = Path(options.output_dir or f"runs/{kind}-{time.strftime('%y%m%d-%H%M%S')}")
-    if out.is_file() or out.is_dir() and any(out.iterdir()):
-        fail(f"--output-dir {out} is there already; name a new or an empty folder")
+    out = Path(gather([options.output_dir or f"runs/{kind}-{time.strftime('%y%m%d-%H%M%S')}"])[0])
+    there = next(path for path in (out, *out.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK) or there == out and any(out.iterdir()):
+        fail(f"--output-dir {out} cannot be made or has files in it; name a new or an empty folder")
+    return options, out
 
-    train_rows, test_rows = load_rows(options)
+
+def save_metrics(out, results):
+    """Writes out/metrics.json, all or nothing."""
+    if RANK == 0:
+        (out / "metrics.tmp").write_text(json.dumps(results, indent=2) + "\n")
+        os.replace(out / "metrics.tmp", out / "metrics.json")
+
+
+def run(options, out):
+    """A run from the data to the last figure, which are what metrics.json holds and this returns."""
+    tokenizer = load_tokenizer(options.model)
+    find("--data", "dataset", options.data)
+    train_rows, test_rows = load_rows(options, tokenizer)
     examples, mean_label = make_examples(train_rows, options.method), mean(r["label"] for r in train_rows)
     if not options.eval_only and (not examples or options.method not in ("sft", "dpo") and mean_label in (0, 1)):
         needs = {"sft": "rows of label 1", "dpo": "a positive and a negative of one prompt"}
-        fail(f"--method {options.method} needs {needs.get(options.method, 'positives and negatives')}; "
-             f"--data {options.data} has none")
+        fail(f"--method {options.method} needs {needs.get(options.method, 'positives and negatives')} to train on; "
+             f"--data {options.data} has none (its mean label is {mean_label:g})")
     if options.log_z == "auto":
-        options.log_z = prior_log_z(mean_label, options.beta, options.continuous) if 0 < mean_label < 1 else 0.0
+        options.log_z = prior_log_z(mean_label, options.beta, options.continuous) if 0 < (mean_label or 0) < 1 else 0.0
     try:
         options.log_z = float(options.log_z)
     except ValueError:
@@ -511,43 +730,104 @@ def main(argv=None):
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)  # same seed, same machine: the same weights
     torch.utils.deterministic.fill_uninitialized_memory = False  # a check that costs time
-    tokenizer, model = load_model(options.model, options, device)
-    tokenize(train_rows + test_rows, tokenizer, options.max_length)
+    model = load_model(options.model, options, device)
+    for rows in (train_rows, test_rows):
+        tokenize(rows, tokenizer, options.max_length)
+    rows = train_rows + test_rows
+    written = zlib.crc32(json.dumps([[r["prompt"], r["completion"], r["label"]] for r in rows]).encode())
+    state = load_checkpoint(out, written) if options.resume else {}
     out.mkdir(parents=True, exist_ok=True)
-    print(f"{options.method}: β {options.beta:g}, β log Z {options.beta * options.log_z:.3g}, on {device}\n"
+    print(f"{options.method}: β {options.beta:g}, β log Z {options.beta * options.log_z:.3g}, on {PROCESSES} {device}\n"
           f"{options.model}: {model.num_parameters():,} parameters\n"
-          f"{options.data}: {len(train_rows)} training rows, mean label {mean_label:.3f}; {len(test_rows)} test rows")
+          f"{options.data}: {len(train_rows)} training rows, mean label {mean_label or 0:.3f}; {len(test_rows)} test rows\n"
+          f"to be saved to {out}")
 
-    results, generations = {"options": asdict(options)}, {}
-    record = Path(options.model, "metrics.json")
-    base = json.loads(record.read_text()).get("options", {}).get("model") if record.is_file() else None
-    if options.eval_only and base:  # a finished run: its reference is the model it started from
-        score(load_model(base, options, device)[1], test_rows, options, "ref_logp", "reference")
-    first = "eval" if options.eval_only else "before"
-    results[first], generations[first] = evaluate(model, tokenizer, test_rows, options, first)
+    if state:
+        results, generations = state["results"], state["generations"]
+        for row, ref_logp in zip(rows, state["ref_logps"]):
+            if ref_logp is not None:
+                row["ref_logp"] = ref_logp
+    else:
+        results, generations = {"options": asdict(options)}, {}
+        if not options.eval_only:
+            save_metrics(out, results)
+        record = Path(options.model, "metrics.json")
+        base = json.loads(record.read_text()).get("options", {}).get("model") if record.is_file() else None
+        if options.eval_only and base:  # a finished run: its reference is the model it started from
+            score(load_model(base, options, device), test_rows, options, "ref_logp", "reference")
+        first = "eval" if options.eval_only else "before"
+        results[first], generations[first] = evaluate(model, tokenizer, test_rows, options, first)
     if not options.eval_only:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        start = time.perf_counter()
-        read = {id(r): r for example in examples for r in example if reads_reference(r, options.method)}
-        score(model, list(read.values()), options, "ref_logp", "reference")
-        reference_seconds = time.perf_counter() - start
-        with open(out / "log.jsonl", "w", buffering=1) as log_file:
-            tokens, seconds = train(model, examples, options, log_file)
+        if not state:
+            start = time.perf_counter()
+            read = {id(r): r for example in examples for r in example if reads_reference(r, options.method)}
+            score(model, list(read.values()), options, "ref_logp", "reference")
+            state = {"step": 0, "tokens": 0, "seconds": 0.0, "reference_seconds": time.perf_counter() - start,
+                     "log": [], "results": results, "generations": generations, "rows": written,
+                     "ref_logps": [r.get("ref_logp") for r in rows]}
+        interrupted = []
+        handler = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
+        try:
+            train(model, examples, options, out, state, interrupted)
+        finally:
+            signal.signal(signal.SIGINT, handler)
         samples = sum(map(len, examples)) * options.epochs
-        results["train"] = {"samples": samples, "tokens": tokens, "seconds": seconds,
-                            "reference_seconds": reference_seconds, "samples_per_second": samples / seconds,
-                            "peak_memory_bytes": peak_memory(device)}
-        model.save_pretrained(out)
-        tokenizer.save_pretrained(out)
+        results["train"] = {"samples": samples, "tokens": state["tokens"], "seconds": state["seconds"],
+                            "reference_seconds": state["reference_seconds"],
+                            "samples_per_second": samples / state["seconds"], "peak_memory_bytes": peak_memory(device)}
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights = get_model_state_dict(model, options=whole) if PROCESSES > 1 else None
+        model.save_pretrained(out, state_dict=weights, is_main_process=RANK == 0)
         results["after"], generations["after"] = evaluate(model, tokenizer, test_rows, options, "after")
-    (out / "metrics.json").write_text(json.dumps(results, indent=2) + "\n")
-    (out / "samples.jsonl").write_text("".join(
-        json.dumps({"prompt": prompt, **{column: texts[prompt] for column, texts in generations.items()}}) + "\n"
-        for prompt in generations[first]))
+    if RANK == 0:
+        tokenizer.save_pretrained(out)
+        samples = [{"prompt": prompt, **{column: texts[prompt] for column, texts in generations.items()}}
+                   for prompt in next(iter(generations.values()))]
+        (out / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    save_metrics(out, results)
+    for folder in out.glob("checkpoint-*"):
+        shutil.rmtree(folder)
     report({column: results[column] for column in generations}, generations)
     print(f"\nsaved to {out}")
     return results
+
+
+def main(argv=None):
+    """The command line. Of several processes the first speaks for all."""
+    out = Path()
+    try:
+        if PROCESSES > 1:
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        quiet = open(os.devnull, "w") if RANK > 0 else None
+        with redirect_stdout(quiet or sys.stdout), redirect_stderr(quiet or sys.stderr):
+            options, out = parse(argv)
+            results = run(options, out)
+        if PROCESSES > 1:
+            dist.destroy_process_group()
+        return results
+    except SystemExit as stop:
+        if RANK > 0 and stop.code:
+            time.sleep(30)  # the first process says why, and its end ends the others
+        raise
+    except KeyboardInterrupt:
+        reason, code = "interrupted", 130
+    except (OSError, RuntimeError) as error:
+        if "out of memory" in str(error):
+            mend = "a smaller --batch-size (and --gradient-accumulation), --gradient-checkpointing, a smaller --max-length"
+        elif isinstance(error, OSError):
+            mend = "room on the disk"
+        else:
+            raise
+        reason, code = f"error: {short(error)}; what helps: {mend}", 2
+    shutil.rmtree(out / "partial-checkpoint", ignore_errors=True)
+    if RANK == 0 or code == 2:
+        go_on = f"; to go on: python ulma.py --resume {out}" if (out / "metrics.json").exists() else ""
+        tqdm.write(f"ulma.py: {reason}{go_on}", file=sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == "__main__":
