@@ -2,6 +2,7 @@
 
     python -m pytest -q
 """
+import functools
 import gzip
 import json
 import math
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read at import: a name that is no folder fails at once
+import tokenizers
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -392,8 +394,13 @@ def point(i, label=1, **more):
     return {"prompt": f"Question {i}?", "completion": f" Answer {i}.", "label": label, **more}
 
 
-def load(data, **options):
-    return ulma.load_rows(ulma.Options(data=str(data), **options))
+@functools.cache
+def base_tokenizer():
+    return ulma.load_tokenizer(str(HERE / "data" / "base"))
+
+
+def load(data, tokenizer=None, **options):
+    return ulma.load_rows(ulma.Options(data=str(data), **options), tokenizer or base_tokenizer())
 
 
 def error_of(capsys, call, *args, **kwargs):
@@ -458,31 +465,35 @@ def test_dpo_takes_every_positive_with_every_negative_of_its_prompt_and_sft_the_
     assert ulma.make_examples(rows, "ulma") == [(row,) for row in rows]
 
 
+def words(opens=False, closes=False):
+    """A tokenizer to which the word "7" is token 7; <bos> is 1, <eos> 2, and it may open and close texts with them."""
+    names = {**{str(i): i for i in range(3, 61)}, "<unk>": 0, "<bos>": 1, "<eos>": 2}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(names, unk_token="<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    single = ["<bos>"] * opens + ["$A"] + ["<eos>"] * closes
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single=single, special_tokens=[("<bos>", 1), ("<eos>", 2)])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>",
+                                                **{"bos_token": "<bos>"} if opens else {})
+
+
 @pytest.mark.parametrize("max_length, prompt, response", [
     (8, [10, 11, 12, 13], [20, 21, 22, 2]), (7, [11, 12, 13], [20, 21, 22, 2]), (5, [12, 13], [20, 21, 22]),
     (2, [13], [20])])
 def test_truncation_keeps_the_end_of_the_prompt_and_the_start_of_the_completion(max_length, prompt, response):
-    def tokenizer(texts, **kwargs):
-        return transformers.BatchEncoding({"input_ids": [[int(token) for token in text.split()] for text in texts]})
-
-    tokenizer.eos_token_id = 2
-    row = {"prompt": "10 11 12 13", "completion": "20 21 22", "where": "row 1"}
-    ulma.tokenize([row], tokenizer, max_length)
+    row = {"prompt": "10 11 12 13", "completion": "20 21 22", "where": "row 1", "chat": False}
+    ulma.tokenize([row], words(), max_length)
     assert row["input_ids"] == prompt + response and row["prompt_length"] == len(prompt)
 
 
 def test_a_row_without_prompt_tokens_is_an_error_that_names_it(capsys):
-    def tokenizer(texts, **kwargs):
-        return transformers.BatchEncoding({"input_ids": [[] for _ in texts]})
-
-    tokenizer.eos_token_id = 2
-    rows = [{"prompt": "?", "completion": "!", "where": "row 7"}]
-    assert "row 7" in error_of(capsys, ulma.tokenize, rows, tokenizer, 9)
+    rows = [{"prompt": " ", "completion": "20", "where": "row 7", "chat": False}]
+    assert "row 7" in error_of(capsys, ulma.tokenize, rows, words(), 9)
 
 
 def test_the_response_is_the_completion_and_its_end_of_sequence_token():
     tokenizer = AutoTokenizer.from_pretrained(HERE / "data" / "base")
-    row = {"prompt": "\n\nHuman: How do I clean a lamp?\n\nAssistant:", "completion": " Dust it.", "where": "row 1"}
+    row = {"prompt": "\n\nHuman: How do I clean a lamp?\n\nAssistant:", "completion": " Dust it.", "where": "row 1", "chat": False}
     ulma.tokenize([row], tokenizer, 512)
     assert tokenizer.decode(row["input_ids"][:row["prompt_length"]]) == row["prompt"]
     assert tokenizer.decode(row["input_ids"][row["prompt_length"]:]) == row["completion"] + tokenizer.eos_token

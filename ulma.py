@@ -21,7 +21,6 @@ import signal
 import sys
 import time
 import zlib
-from argparse import Namespace
 from collections import defaultdict
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
@@ -143,6 +142,16 @@ def fail(message):
     sys.exit(2)
 
 
+def check(right, message):
+    if not right:
+        fail(message)
+
+
+def short(error):
+    """What the innermost exception says, on one line."""
+    return " ".join(f"{error.__cause__ or error}".split())[:300] or type(error.__cause__ or error).__name__
+
+
 def mean(values):
     """Of numbers; None of none."""
     values = list(values)
@@ -173,24 +182,22 @@ def render(prompt, completion, tokenizer):
     whole = tokenizer.apply_chat_template(prompt + completion, tokenize=False)
     start = os.path.commonprefix([start, whole])
     text, eos, rest = whole[len(start):].rpartition(tokenizer.eos_token)
-    return start, text + eos if eos and not rest.strip() else text + eos + rest  # some templates break the line after
+    return start, text + eos + rest if rest.strip() else text + eos  # some templates break the line after it
 
 
 def pointwise_rows(row, where, options, tokenizer):
     """The point-wise rows of a row: itself, or the two of a pair (chosen 1, rejected 0); `where` names it in errors.
 
-    A pair without `prompt` is two transcripts, as in HH-RLHF, where the prompt ends at the last "\n\nAssistant:", or
-    two lists of messages, where it ends before the last one.
+    A pair without `prompt` is two transcripts, as in HH-RLHF, whose prompt ends at the last "\n\nAssistant:", or two
+    lists of messages, whose prompt ends before the last one.
     """
     pair = row.get("chosen") is not None and row.get("rejected") is not None
-    if pair:
-        rated = [(row["chosen"], 1), (row["rejected"], 0)]
-    else:
-        rated = [(row.get("completion", row.get("response")),
-                  row.get("score" if options.continuous and "score" in row else "label"))]
+    label = row.get("score" if options.continuous and "score" in row else "label")
+    rated = ([(row["chosen"], 1), (row["rejected"], 0)] if pair else
+             [(row.get("completion", row.get("response")), label)])
     references, rows = row.get("references") or [], []
-    if not isinstance(references, list) or not all(isinstance(text, str) for text in references):
-        fail(f"{where}: references is {references!r}; write a list of texts")
+    check(isinstance(references, list) and all(isinstance(text, str) for text in references),
+          f"{where}: references is {references!r}; write a list of texts")
     for completion, label in rated:
         prompt, chat = row.get("prompt"), isinstance(completion, list)
         if chat:
@@ -203,20 +210,14 @@ def pointwise_rows(row, where, options, tokenizer):
             prompt, turn, completion = str(completion).rpartition("\n\nAssistant:")
             prompt += turn
         for name, text in (("prompt", prompt), ("completion", completion)):
-            if not isinstance(text, str) or not text and not (pair and name == "completion"):  # HH has empty turns
-                fail(f"{where}: the {name} is {text!r}; write text that is not empty")
-        if (not isinstance(label, (bool, int, float)) or not 0 <= label <= 1
-                or not options.continuous and label not in (0, 1)):
-            fail(f"{where}: the label is {label!r}; write 1 (demonstration or thumbs-up) or 0 (thumbs-down)"
-                 + (", or a score in between" if options.continuous else "; scores in between need --continuous"))
+            check(isinstance(text, str) and (text or pair and name == "completion"),  # HH-RLHF has empty turns
+                  f"{where}: the {name} is {text!r}; write text that is not empty")
+        check(isinstance(label, (bool, int, float)) and 0 <= label <= 1 and (options.continuous or label in (0, 1)),
+              f"{where}: the label is {label!r}; write 1 (demonstration or thumbs-up) or 0 (thumbs-down), "
+              "or with --continuous a score in between")
         rows.append({"prompt": prompt, "completion": completion, "label": label, "where": where, "chat": chat,
                      "references": references, "demonstrated": row.get("demonstrated")})
     return rows
-
-
-def short(error):
-    """What the innermost exception says, on one line."""
-    return " ".join(f"{error.__cause__ or error}".split())[:300] or type(error.__cause__ or error).__name__
 
 
 def broken_line(path):
@@ -226,7 +227,7 @@ def broken_line(path):
             for number, line in enumerate(lines, 1):
                 try:
                     if line.strip() and not isinstance(json.loads(line.decode("utf-8-sig")), dict):
-                        return f"{file}, line {number}: not a JSON object"
+                        raise ValueError("not a JSON object")
                 except ValueError as error:
                     return f"{file}, line {number}: {error}"
     return ""
@@ -242,25 +243,24 @@ def load_rows(options, tokenizer):
         splits = load_dataset(**source, cache_dir=cache.name if path.exists() else None)
     except Exception as error:  # datasets raises many kinds, with the cause inside
         fail(f"--data {options.data} cannot be read: {broken_line(path) or short(error)}")
-    if not splits.keys() & ({"train", "test"} if options.eval_only else {"train"}):
-        fail(f"--data {options.data} has the splits {list(splits)}; it needs `train`, and may have `test`")
-    train_rows, test_rows = [], []
-    for name, rows in (("train", train_rows), ("test", test_rows)):
-        columns = set(splits[name].column_names if name in splits else ("chosen", "rejected"))
-        if not (columns >= {"chosen", "rejected"} or columns >= {"prompt"} and columns & {"completion", "response"}
-                and columns & {"label", *(["score"] if options.continuous else [])}):
-            fail(f"--data {options.data}, {name}: the columns are {', '.join(sorted(columns))}; needed are prompt, "
-                 "completion and label (with --continuous, score will do), or chosen and rejected")
-        for number, row in enumerate(splits.get(name, ()), 1):
-            rows += pointwise_rows(row, f"{options.data}, {name} row {number}", options, tokenizer)
+    check(splits.keys() & ({"train", "test"} if options.eval_only else {"train"}),
+          f"--data {options.data} has the splits {list(splits)}; it needs `train`, and may have `test`")
+    rows = {"train": [], "test": []}
+    for split in [split for split in rows if split in splits]:
+        columns = set(splits[split].column_names)
+        check(columns >= {"chosen", "rejected"} or columns >= {"prompt"} and columns & {"completion", "response"}
+              and columns & {"label", *["score"] * options.continuous},
+              f"--data {options.data}, {split}: the columns are {', '.join(sorted(columns))}; needed are prompt, "
+              "completion and label (or score, with --continuous), or chosen and rejected")
+        for number, row in enumerate(splits[split], 1):
+            rows[split] += pointwise_rows(row, f"{options.data}, {split} row {number}", options, tokenizer)
     if "test" not in splits:
-        prompts = sorted({r["prompt"] for r in train_rows})
+        prompts = sorted({r["prompt"] for r in rows["train"]})
         held_out = set(random.Random(options.seed).sample(prompts, math.ceil(len(prompts) / 10)))
-        test_rows = [r for r in train_rows if r["prompt"] in held_out]
-        train_rows = [r for r in train_rows if r["prompt"] not in held_out]
-    if not test_rows or not train_rows and not options.eval_only:
-        fail(f"--data {options.data} leaves {len(train_rows)} rows to train on, {len(test_rows)} to test on; add some")
-    return train_rows, test_rows
+        rows = {split: [r for r in rows["train"] if (r["prompt"] in held_out) == (split == "test")] for split in rows}
+    sizes = {split: len(rows[split]) for split in rows}
+    check(sizes["test"] and (sizes["train"] or options.eval_only), f"--data {options.data} leaves {sizes} rows; add some")
+    return rows["train"], rows["test"]
 
 
 def make_examples(rows, method):
@@ -287,8 +287,7 @@ def tokenize(rows, tokenizer, max_length):
             prompt = prompt[:-1]
         if prompt[:2] == [bos, bos]:  # the row brings its own
             prompt = prompt[1:]
-        if not prompt:
-            fail(f"{row['where']}: the prompt {row['prompt']!r} has no tokens; write one that has some")
+        check(prompt, f"{row['where']}: the prompt {row['prompt']!r} has no tokens; write one that has some")
         if completion[-1:] != [eos]:
             completion = completion + [eos]
         # Too long: the end of the prompt and the start of the completion stay, each with at least half the room.
@@ -335,8 +334,8 @@ def score(model, rows, options, key, title):
         mine = share(part)
         logps = batch_logps(model, [row for row, in mine or part[:1]], options).tolist()  # no process may stay away
         for (row,), logp in zip(part, gather(logps if mine else [])):
-            if not math.isfinite(logp):
-                fail(f"{row['where']}: log π(y|x) is {logp}: the model is broken; was --learning-rate too high?")
+            check(math.isfinite(logp),
+                  f"{row['where']}: log π(y|x) is {logp}: the model is broken; was --learning-rate too high?")
             row[key] = logp
 
 
@@ -457,6 +456,18 @@ def disable_dropout(model):
                 setattr(module, name, 0.0)
 
 
+def save_model(model, tokenizer, out):
+    """Writes the model, whole again where it is sharded, and its tokenizer, for from_pretrained."""
+    weights = None
+    if PROCESSES > 1:
+        weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        for name in weights.keys() - {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}:
+            del weights[name]  # a tied weight's second name
+    model.save_pretrained(out, state_dict=weights, is_main_process=RANK == 0)
+    if RANK == 0:
+        tokenizer.save_pretrained(out)
+
+
 def save_checkpoint(out, state):
     """Writes out/checkpoint-STEP, a file a process. A rename makes it whole; only then the one before is deleted."""
     partial, before = out / "partial-checkpoint", list(out.glob("checkpoint-*"))
@@ -477,21 +488,20 @@ def load_checkpoint(out, rows):
     folder = max(out.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), default=None)
     if not folder:
         return {}
-    if (processes := len(list(folder.iterdir()))) != PROCESSES:
-        fail(f"{folder} is of {processes} processes, this run has {PROCESSES}; start it with as many")
+    processes = len(list(folder.iterdir()))
+    check(processes == PROCESSES, f"{folder} is of {processes} processes, not {PROCESSES}; start as many")
     try:
         state = torch.load(folder / f"{RANK}.pt", weights_only=True)
     except Exception as error:  # a damaged file raises many kinds
         fail(f"{folder} cannot be read, delete it to start from the beginning: {short(error)}")
-    if state["rows"] != rows:
-        fail(f"{folder} is of other rows than --data has now; put those back, or start a new run")
+    check(state["rows"] == rows, f"{folder} is of other rows than --data has now; put those back, or start a new run")
     return state
 
 
-def train(model, examples, options, out, state, interrupted):
-    """Minimises the mean of method_loss over the examples, in place, from state["step"] on. Updates the state.
+def train(model, examples, options, out, state):
+    """Minimises the mean of method_loss over the examples, in place, from state["step"] on; updates the state.
 
-    Whatever fills the list `interrupted` makes it end the step, write a checkpoint and raise KeyboardInterrupt.
+    Ctrl-C makes it end the step, write a checkpoint and raise KeyboardInterrupt.
     """
     cuda = model.device.type == "cuda"
     optimizer = torch.optim.AdamW(model.parameters(), options.learning_rate, weight_decay=0.0, fused=cuda)
@@ -504,6 +514,7 @@ def train(model, examples, options, out, state, interrupted):
         torch.set_rng_state(state["random"][0])
         for random_state in state["random"][1:]:
             torch.cuda.set_rng_state(random_state)
+    stop, interrupted, handler = False, [], signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
     rng, recent, start = random.Random(options.seed), defaultdict(list), time.perf_counter() - state["seconds"]
     log_file = open(out / "log.jsonl" if RANK == 0 else os.devnull, "w", buffering=1)
     log_file.writelines(state["log"])
@@ -540,8 +551,7 @@ def train(model, examples, options, out, state, interrupted):
             losses, rewards = (gather(list(zip(recent[name], torch.cat(recent[of]).tolist() if recent[of] else [])))
                                for name, of in (("where", "loss"), ("positive", "reward")))
             faults = [where for where, loss in losses if not math.isfinite(loss)]
-            if faults:
-                fail(f"the loss is not finite; try a lower --learning-rate. First at {'; '.join(faults[:8])}")
+            check(not faults, f"the loss is not finite; try a lower --learning-rate. First at {'; '.join(faults[:8])}")
             state["seconds"] = time.perf_counter() - start
             line = {"step": number, "loss": mean(loss for _, loss in losses),  # rewards: where log π_ref was computed
                     "reward_positive": mean(reward for positive, reward in rewards if positive),
@@ -557,9 +567,12 @@ def train(model, examples, options, out, state, interrupted):
                      "schedule": schedule.state_dict()}
             save_checkpoint(out, {**state, **parts, "step": number, "random": random_states})
         if stop:
-            raise KeyboardInterrupt
+            break
     progress.close()
     log_file.close()
+    signal.signal(signal.SIGINT, handler)
+    if stop:
+        raise KeyboardInterrupt
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -590,31 +603,18 @@ class Options:
     eval_only: bool = HfArg(default=False, help="evaluate --model and stop")
 
 
-def find(option, kind, name):
-    """Asks the hub for what is not a folder or file here: once, where its client would go on asking for a minute."""
-    if not os.path.exists(name) and not constants.HF_HUB_OFFLINE:
-        try:
-            HfApi().repo_info(name, repo_type=kind, timeout=5)
-        except Exception as error:  # whatever the network does
-            fail(f"{option} {name} is neither here nor can it be had from the hub (if it is in the hub's cache, "
-                 f"set HF_HUB_OFFLINE=1): {short(error)}")
-
-
 def load_tokenizer(name):
-    """The model's tokenizer, with what is missing for padding."""
-    find("--model", "model", name)
+    """The model's tokenizer, with a padding token."""
     try:
         config, tokenizer = AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
     except Exception as error:  # transformers raises many kinds
         fail(f"--model {name}: its configuration or tokenizer cannot be loaded: {short(error)}")
-    if config.is_encoder_decoder:
-        fail(f"--model {name} is an encoder-decoder ({config.model_type}); name a decoder-only model")
-    if not tokenizer("a", add_special_tokens=False).input_ids:
-        fail(f"--model {name} holds no tokenizer; save the model's own there")
-    if len(tokenizer) > (rows := config.get_text_config().vocab_size):
-        fail(f"--model {name}: its tokenizer has {len(tokenizer)} tokens, its embedding {rows}; resize the embedding")
-    if tokenizer.eos_token_id is None:
-        fail(f"--model {name}: its tokenizer has no end-of-sequence token, which closes a response; set `eos_token`")
+    size = config.get_text_config().vocab_size
+    check(not config.is_encoder_decoder, f"--model {name} is an encoder-decoder; name a decoder-only model")
+    check(tokenizer("a", add_special_tokens=False).input_ids, f"--model {name} has no tokenizer; save its own there")
+    check(tokenizer.eos_token, f"--model {name}: its tokenizer has no eos_token, which closes a response; set one")
+    check(len(tokenizer) <= size,
+          f"--model {name}: its tokenizer has {len(tokenizer)} tokens, its embedding {size}; resize the embedding")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
 
@@ -626,23 +626,22 @@ def load_model(name, options, device):
                                                               output_loading_info=True)
     except Exception as error:  # transformers raises many kinds
         fail(f"--model {name} cannot be loaded: {short(error)}")
-    if loading["missing_keys"]:
-        fail(f"--model {name} lacks weights of a causal language model: {', '.join(sorted(loading['missing_keys']))}")
-    if options.max_length > (getattr(model.config, "max_position_embeddings", None) or sys.maxsize):
-        fail(f"--max-length {options.max_length} is over the {model.config.max_position_embeddings} that {name} takes")
+    longest = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    check(options.max_length <= longest, f"--max-length {options.max_length} is over the {longest} that {name} takes")
+    missing = sorted(loading["missing_keys"])
+    check(not missing, f"--model {name} lacks weights of a causal language model: {', '.join(missing[:3])}")
     disable_dropout(model)
-    if options.gradient_checkpointing:  # under its name in transformers 5, or in 4
+    if options.gradient_checkpointing:  # by its name in transformers 5, or that in 4
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
-    if PROCESSES > 1:  # FSDP2: each block, then what is left; on CUDA the gathered copies are bfloat16
+    if PROCESSES == 1:
+        model.to(device)
+    else:  # FSDP2: each block, then what is left. On CUDA what is gathered for a forward pass is bfloat16.
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if device.type == "cuda" else MixedPrecisionPolicy()
         for module in [*next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), model]:
             fully_shard(module, reshard_after_forward=True, mp_policy=policy)
-    else:
-        model.to(device)
     with torch.no_grad():
         first = model.eval()(input_ids=torch.tensor([[0, 0], [0, 1]], device=device)).logits[:, 0]
-    if not torch.allclose(first[0], first[1], atol=1e-2):
-        fail(f"--model {name} sees the tokens to come (an encoder?); name a decoder-only model")
+    check(torch.allclose(*first, atol=1e-2), f"--model {name} sees tokens to come; name a decoder-only model, no encoder")
     return model
 
 
@@ -658,23 +657,17 @@ def peak_memory(device):
 
 def parse(argv):
     """(options, output folder) of a command line, checked as far as that goes without data and model."""
-    parser = HfArgumentParser(Options, description=__doc__.splitlines()[0])
-    options = parser.parse_args(argv)
+    options = Options(**vars(HfArgumentParser(Options, description=__doc__.splitlines()[0]).parse_args(argv)))
     if options.resume:
-        out = Path(options.resume)
+        out, record = Path(options.resume), Path(options.resume, "metrics.json")
+        check(options == Options(resume=options.resume), "--resume takes its options from that run; leave out the others")
         try:
-            saved = json.loads((out / "metrics.json").read_text())
-            begun = saved["options"]
-        except (OSError, ValueError, KeyError):
-            fail(f"--resume {out} holds no interrupted run; name the folder that a run said it would save to")
-        if saved.keys() & {"after", "eval"}:
-            fail(f"--resume {out}: there is nothing to go on with, that run is finished")
-        again = vars(parser.parse_args(argv, Namespace(**begun)))  # what argv does not say is as it was
-        changed = [f"--{name.replace('_', '-')}" for name in begun if name != "resume" and again[name] != begun[name]]
-        if changed:
-            fail(f"--resume goes on with the options that the run began with; leave out {' and '.join(changed)}")
-        return Options(**{**begun, "resume": options.resume}), out
-    options = Options(**vars(options))
+            begun = json.loads(record.read_text())
+            options = Options(**{**begun["options"], "resume": options.resume})
+        except (OSError, ValueError, KeyError, TypeError):
+            fail(f"--resume {out} holds no run that has begun; name the folder that a run says it saves to")
+        check("after" not in begun and not options.eval_only, f"--resume {out}: that run is finished")
+        return options, out
     if options.beta is None:  # these defaults are the best of one sweep on data/: see the README
         options.beta = 0.1 if options.continuous else 3.0
     if options.learning_rate is None:
@@ -682,19 +675,25 @@ def parse(argv):
     least = {"beta": 0, "learning_rate": 0, "epochs": 0, "batch_size": 0, "gradient_accumulation": 0, "max_length": 1,
              "save_steps": -1}
     for name, bound in least.items():
-        if not bound < getattr(options, name) < math.inf:
-            fail(f"--{name.replace('_', '-')} is {getattr(options, name)}; write a number over {bound}")
-    if options.log_z != "auto" and options.method not in ("ulma", "pointwise-dpo"):
-        fail(f"--log-z is not in the loss of --method {options.method}; leave it out")
-    if options.eval_only and options.save_steps:
-        fail("--eval-only has nothing to save on the way; leave out --save-steps")
-    if os.path.isfile(options.data) and (options.data_config or options.data_dir):
-        fail(f"--data {options.data} is a file; leave out --data-config and --data-dir")
+        value = getattr(options, name)
+        check(bound < value < math.inf, f"--{name.replace('_', '-')} is {value}; write a number over {bound}")
+    check(options.log_z == "auto" or options.method in ("ulma", "pointwise-dpo"),
+          f"--log-z is not in the loss of --method {options.method}; leave it out")
+    check(not (options.eval_only and options.save_steps), "--eval-only has nothing to save; leave out --save-steps")
+    check(not (os.path.isfile(options.data) and (options.data_config or options.data_dir)),
+          f"--data {options.data} is a file; leave out --data-config and --data-dir")
     kind = "eval" if options.eval_only else options.method
     out = Path(gather([options.output_dir or f"runs/{kind}-{time.strftime('%y%m%d-%H%M%S')}"])[0])
     there = next(path for path in (out, *out.parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK) or there == out and any(out.iterdir()):
-        fail(f"--output-dir {out} cannot be made or has files in it; name a new or an empty folder")
+    check(there.is_dir() and os.access(there, os.W_OK) and not (there == out and any(out.iterdir())),
+          f"--output-dir {out} cannot be made or has files in it; name a new or an empty folder")
+    for kind, name in (("model", options.model), ("dataset", options.data)):
+        if not os.path.exists(name) and not constants.HF_HUB_OFFLINE:
+            try:  # asks once, where the loaders would go on asking for a minute
+                HfApi().repo_info(name, repo_type=kind, timeout=5)
+            except Exception as error:  # whatever a network does
+                fail(f"{name} is no file or folder, and the hub does not give a {kind} of that name ({short(error)}); "
+                     "if the hub's cache has it, set HF_HUB_OFFLINE=1")
     return options, out
 
 
@@ -706,23 +705,21 @@ def save_metrics(out, results):
 
 
 def run(options, out):
-    """A run from the data to the last figure, which are what metrics.json holds and this returns."""
+    """Data, model, evaluation, training, evaluation. Returns what metrics.json holds."""
     tokenizer = load_tokenizer(options.model)
-    find("--data", "dataset", options.data)
     train_rows, test_rows = load_rows(options, tokenizer)
-    examples, mean_label = make_examples(train_rows, options.method), mean(r["label"] for r in train_rows)
-    if not options.eval_only and (not examples or options.method not in ("sft", "dpo") and mean_label in (0, 1)):
-        needs = {"sft": "rows of label 1", "dpo": "a positive and a negative of one prompt"}
-        fail(f"--method {options.method} needs {needs.get(options.method, 'positives and negatives')} to train on; "
-             f"--data {options.data} has none (its mean label is {mean_label:g})")
+    examples, mean_label = make_examples(train_rows, options.method), mean(r["label"] for r in train_rows) or 0.0
+    needs = {"sft": "rows of label 1", "dpo": "a positive and a negative of one prompt"}
+    check(options.eval_only or examples and (options.method in ("sft", "dpo") or 0 < mean_label < 1),
+          f"--method {options.method} needs {needs.get(options.method, 'positives and negatives')} to train on; "
+          f"--data {options.data} has none (its mean label is {mean_label:g})")
     if options.log_z == "auto":
-        options.log_z = prior_log_z(mean_label, options.beta, options.continuous) if 0 < (mean_label or 0) < 1 else 0.0
+        options.log_z = prior_log_z(mean_label, options.beta, options.continuous) if 0 < mean_label < 1 else 0.0
     try:
         options.log_z = float(options.log_z)
     except ValueError:
         options.log_z = math.nan
-    if not math.isfinite(options.log_z):
-        fail("--log-z is neither auto nor a finite number")
+    check(math.isfinite(options.log_z), "--log-z is neither auto nor a finite number")
 
     mps = torch.backends.mps.is_available()
     device = torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
@@ -730,33 +727,30 @@ def run(options, out):
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)  # same seed, same machine: the same weights
     torch.utils.deterministic.fill_uninitialized_memory = False  # a check that costs time
-    model = load_model(options.model, options, device)
     for rows in (train_rows, test_rows):
         tokenize(rows, tokenizer, options.max_length)
-    rows = train_rows + test_rows
-    written = zlib.crc32(json.dumps([[r["prompt"], r["completion"], r["label"]] for r in rows]).encode())
-    state = load_checkpoint(out, written) if options.resume else {}
+    model, rows = load_model(options.model, options, device), train_rows + test_rows
+    fingerprint = zlib.crc32(json.dumps([[r["prompt"], r["completion"], r["label"]] for r in rows]).encode())
+    state = load_checkpoint(out, fingerprint) if options.resume else {}
     out.mkdir(parents=True, exist_ok=True)
-    print(f"{options.method}: β {options.beta:g}, β log Z {options.beta * options.log_z:.3g}, on {PROCESSES} {device}\n"
+    print(f"{options.method}: β {options.beta:g}, β log Z {options.beta * options.log_z:.3g}, "
+          f"on {device}{f', {PROCESSES} processes' if PROCESSES > 1 else ''}\n"
           f"{options.model}: {model.num_parameters():,} parameters\n"
-          f"{options.data}: {len(train_rows)} training rows, mean label {mean_label or 0:.3f}; {len(test_rows)} test rows\n"
+          f"{options.data}: {len(train_rows)} training rows, mean label {mean_label:.3f}; {len(test_rows)} test rows\n"
           f"to be saved to {out}")
 
-    if state:
-        results, generations = state["results"], state["generations"]
-        for row, ref_logp in zip(rows, state["ref_logps"]):
-            if ref_logp is not None:
-                row["ref_logp"] = ref_logp
-    else:
-        results, generations = {"options": asdict(options)}, {}
-        if not options.eval_only:
-            save_metrics(out, results)
-        record = Path(options.model, "metrics.json")
-        base = json.loads(record.read_text()).get("options", {}).get("model") if record.is_file() else None
-        if options.eval_only and base:  # a finished run: its reference is the model it started from
+    results, generations = state.get("results", {"options": asdict(options)}), state.get("generations", {})
+    for row, ref_logp in zip(rows, state.get("ref_logps", [])):
+        row.update({} if ref_logp is None else {"ref_logp": ref_logp})
+    record = Path(options.model, "metrics.json")
+    base = json.loads(record.read_text()).get("options", {}).get("model") if record.is_file() else None
+    if options.eval_only:
+        if base:  # a finished run: its reference is the model it started from
             score(load_model(base, options, device), test_rows, options, "ref_logp", "reference")
-        first = "eval" if options.eval_only else "before"
-        results[first], generations[first] = evaluate(model, tokenizer, test_rows, options, first)
+        results["eval"], generations["eval"] = evaluate(model, tokenizer, test_rows, options, "eval")
+    elif not state:
+        save_metrics(out, results)  # from here on, --resume finds the options
+        results["before"], generations["before"] = evaluate(model, tokenizer, test_rows, options, "before")
     if not options.eval_only:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -765,30 +759,22 @@ def run(options, out):
             read = {id(r): r for example in examples for r in example if reads_reference(r, options.method)}
             score(model, list(read.values()), options, "ref_logp", "reference")
             state = {"step": 0, "tokens": 0, "seconds": 0.0, "reference_seconds": time.perf_counter() - start,
-                     "log": [], "results": results, "generations": generations, "rows": written,
+                     "log": [], "results": results, "generations": generations, "rows": fingerprint,
                      "ref_logps": [r.get("ref_logp") for r in rows]}
-        interrupted = []
-        handler = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
-        try:
-            train(model, examples, options, out, state, interrupted)
-        finally:
-            signal.signal(signal.SIGINT, handler)
+        train(model, examples, options, out, state)
         samples = sum(map(len, examples)) * options.epochs
         results["train"] = {"samples": samples, "tokens": state["tokens"], "seconds": state["seconds"],
                             "reference_seconds": state["reference_seconds"],
                             "samples_per_second": samples / state["seconds"], "peak_memory_bytes": peak_memory(device)}
-        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights = get_model_state_dict(model, options=whole) if PROCESSES > 1 else None
-        model.save_pretrained(out, state_dict=weights, is_main_process=RANK == 0)
+        save_model(model, tokenizer, out)
         results["after"], generations["after"] = evaluate(model, tokenizer, test_rows, options, "after")
     if RANK == 0:
-        tokenizer.save_pretrained(out)
         samples = [{"prompt": prompt, **{column: texts[prompt] for column, texts in generations.items()}}
                    for prompt in next(iter(generations.values()))]
         (out / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
-    save_metrics(out, results)
-    for folder in out.glob("checkpoint-*"):
-        shutil.rmtree(folder)
+        save_metrics(out, results)
+        for folder in out.glob("checkpoint-*"):
+            shutil.rmtree(folder)
     report({column: results[column] for column in generations}, generations)
     print(f"\nsaved to {out}")
     return results
@@ -796,13 +782,13 @@ def run(options, out):
 
 def main(argv=None):
     """The command line. Of several processes the first speaks for all."""
-    out = Path()
+    out, quiet = Path(), open(os.devnull, "w") if RANK else None
     try:
         if PROCESSES > 1:
-            if torch.cuda.is_available():
+            cuda = torch.cuda.is_available()
+            if cuda:
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        quiet = open(os.devnull, "w") if RANK > 0 else None
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
         with redirect_stdout(quiet or sys.stdout), redirect_stderr(quiet or sys.stderr):
             options, out = parse(argv)
             results = run(options, out)
@@ -810,23 +796,21 @@ def main(argv=None):
             dist.destroy_process_group()
         return results
     except SystemExit as stop:
-        if RANK > 0 and stop.code:
-            time.sleep(30)  # the first process says why, and its end ends the others
+        if RANK and stop.code:
+            time.sleep(30)  # the first process says why, and its end ends this one
         raise
     except KeyboardInterrupt:
         reason, code = "interrupted", 130
-    except (OSError, RuntimeError) as error:
-        if "out of memory" in str(error):
-            mend = "a smaller --batch-size (and --gradient-accumulation), --gradient-checkpointing, a smaller --max-length"
-        elif isinstance(error, OSError):
-            mend = "room on the disk"
-        else:
+    except Exception as error:
+        reason, code = f"error: {short(error)}", 2
+        if "out of memory" in reason:
+            reason += "; what helps: a smaller --batch-size, --gradient-checkpointing, a smaller --max-length"
+        elif not isinstance(error, OSError):
             raise
-        reason, code = f"error: {short(error)}; what helps: {mend}", 2
     shutil.rmtree(out / "partial-checkpoint", ignore_errors=True)
-    if RANK == 0 or code == 2:
-        go_on = f"; to go on: python ulma.py --resume {out}" if (out / "metrics.json").exists() else ""
-        tqdm.write(f"ulma.py: {reason}{go_on}", file=sys.stderr)
+    if not RANK or code == 2:
+        begun = (out / "metrics.json").exists()
+        tqdm.write(f"ulma.py: {reason}{f'; to go on: python ulma.py --resume {out}' if begun else ''}", file=sys.stderr)
     sys.exit(code)
 
 
