@@ -486,6 +486,123 @@ def test_truncation_keeps_the_end_of_the_prompt_and_the_start_of_the_completion(
     assert row["input_ids"] == prompt + response and row["prompt_length"] == len(prompt)
 
 
+@pytest.mark.parametrize("opens, closes, prompt", [
+    (True, False, "10 11"), (True, False, "<bos> 10 11"), (True, True, "10 11"), (False, True, "10 11"),
+    (False, False, "10 11")])
+@pytest.mark.parametrize("completion", ["20", "20 <eos>"])
+def test_bos_appears_once_if_the_tokenizer_has_one_and_eos_closes_the_completion_alone(opens, closes, prompt, completion):
+    row = {"prompt": prompt, "completion": completion, "where": "row 1", "chat": False}
+    ulma.tokenize([row], words(opens, closes), 9)
+    assert row["input_ids"] == [1] * opens + [10, 11, 20, 2] and row["prompt_length"] == 2 + opens
+
+
+def test_bos_stays_when_the_prompt_loses_its_start():
+    row = {"prompt": "10 11 12 13", "completion": "20 21", "where": "row 1", "chat": False}
+    ulma.tokenize([row], words(opens=True), 6)
+    assert row["input_ids"] == [1, 12, 13, 20, 21, 2] and row["prompt_length"] == 3
+
+
+@pytest.mark.parametrize("scheme", ["legacy", "first", "always"])
+@pytest.mark.parametrize("completion", [" Sure.", "Sure.", "  Sure.", "\nSure.", "é 漢"])
+def test_no_space_comes_between_prompt_and_completion_from_a_tokenizer_that_puts_one_before_a_text(scheme, completion):
+    """As Llama 2's do, two ways of which are in use."""
+    pieces = ["<unk>", "<s>", "</s>", "▁", "\n", *(chr(i) for i in range(33, 127)), *(f"<0x{i:02X}>" for i in range(256))]
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({piece: i for i, piece in enumerate(pieces)}, [],
+                                                         byte_fallback=True, unk_token="<unk>"))
+    if scheme == "legacy":
+        prepend, replace = tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")
+        backend.normalizer = tokenizers.normalizers.Sequence([prepend, replace])
+    else:
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    parts = tokenizers.decoders
+    backend.decoder = parts.Sequence([parts.Replace("▁", " "), parts.ByteFallback(), parts.Fuse(), parts.Strip(" ", 1, 0)])
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    row = {"prompt": "Human: Hi\n\nAssistant:", "completion": completion, "where": "row 1", "chat": False}
+    ulma.tokenize([row], tokenizer, 99)
+    assert tokenizer.decode(row["input_ids"]) == row["prompt"] + completion + "</s>"
+
+
+CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+def chat_tokenizer(template=CHATML, **special):
+    """data/base's tokenizer with a chat template and the special tokens of such models."""
+    tokenizer = AutoTokenizer.from_pretrained(HERE / "data" / "base")
+    tokenizer.add_special_tokens({"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"], **special})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def message(role, content):
+    return {"role": role, "content": content}
+
+
+@pytest.mark.parametrize("columns", [
+    {"prompt": [message("user", "Hi"), message("assistant", "Hello"), message("user", "Bye")],
+     "chosen": [message("assistant", "Take care.")], "rejected": [message("assistant", "Go away.")]},
+    {"chosen": [message("user", "Hi"), message("assistant", "Hello"), message("user", "Bye"),
+                message("assistant", "Take care.")],
+     "rejected": [message("user", "Hi"), message("assistant", "Hello"), message("user", "Bye"),
+                  message("assistant", "Go away.")]}])
+def test_a_conversation_goes_through_the_chat_template_of_the_tokenizer(tmp_path, columns):
+    tokenizer = chat_tokenizer()
+    for split in ("train", "test"):
+        write(tmp_path / "data" / f"{split}.jsonl", [columns])
+    rows, _ = load(tmp_path / "data", tokenizer)
+    ulma.tokenize(rows, tokenizer, 512)
+    prompt = ("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n<|im_start|>user\nBye<|im_end|>\n"
+              "<|im_start|>assistant\n")
+    for row, text, label in zip(rows, ("Take care.<|im_end|>", "Go away.<|im_end|>"), (1, 0)):
+        assert tokenizer.decode(row["input_ids"]) == prompt + text and row["label"] == label
+        assert tokenizer.decode(row["input_ids"][row["prompt_length"]:]) == text
+        assert row["input_ids"].count(tokenizer.eos_token_id) == 4
+
+
+def test_a_template_that_writes_bos_gives_it_once_and_one_that_writes_no_eos_gets_it():
+    tokenizer = chat_tokenizer("{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+                               "{% if add_generation_prompt %}[assistant]{% endif %}", bos_token="<s>", eos_token="</s>")
+    tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+    row = {"prompt": [message("user", "Hi")], "completion": [message("assistant", "Hello")], "label": True}
+    rows = ulma.pointwise_rows(row, "row 1", ulma.Options(), tokenizer)
+    ulma.tokenize(rows, tokenizer, 512)
+    assert tokenizer.decode(rows[0]["input_ids"]) == "<s>[user]Hi[assistant]Hello</s>"
+
+
+@pytest.mark.parametrize("row", [
+    {"prompt": "Hi", "completion": [message("assistant", "Hello")]}, {"prompt": [message("user", "Hi")], "completion": []},
+    {"prompt": [message("user", "Hi")], "completion": [{"role": "assistant"}]},
+    {"prompt": [message("user", "Hi")], "completion": [{"role": "assistant", "content": None}]},
+    {"prompt": [message("user", "Hi")], "completion": ["Hello"]}])
+def test_what_is_no_conversation_is_named(capsys, row):
+    raising = CHATML.replace("{{ m.content }}", "{{ m.content if m.content is string else raise_exception('no text') }}")
+    for template in (CHATML, raising):
+        assert "row 1" in error_of(capsys, ulma.pointwise_rows, {**row, "label": 1}, "row 1", ulma.Options(),
+                                   chat_tokenizer(template))
+
+
+def test_conversations_need_a_chat_template(capsys):
+    row = {"prompt": [message("user", "Hi")], "completion": [message("assistant", "Hello")], "label": 1}
+    assert "chat template" in error_of(capsys, ulma.pointwise_rows, row, "row 1", ulma.Options(), base_tokenizer())
+
+
+def test_response_may_stand_for_completion(tmp_path):
+    rows = [{"prompt": f"Question {i}?", "response": f" Answer {i}.", "label": True} for i in range(9)]
+    train_rows, _ = load(write(tmp_path / "rows.jsonl", rows))
+    assert all(r["completion"] == r["prompt"].replace("Question", " Answer").replace("?", ".") for r in train_rows)
+
+
+def test_a_data_set_may_have_several_folders_or_configurations(tmp_path):
+    """Anthropic/hh-rlhf has folders, others configurations."""
+    for folder in ("harmless-base", "helpful-base"):
+        write(tmp_path / folder / "train.jsonl", [point(i, prompt=f"{folder} {i}") for i in range(9)])
+    configs = "".join(f"- config_name: {folder}\n  data_files: {folder}/*.jsonl\n" for folder in ("harmless-base", "helpful-base"))
+    assert all("harmless" in r["prompt"] for part in load(tmp_path, data_dir="harmless-base") for r in part)
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    assert all("helpful" in r["prompt"] for part in load(tmp_path, data_config="helpful-base") for r in part)
+
+
 def test_a_row_without_prompt_tokens_is_an_error_that_names_it(capsys):
     rows = [{"prompt": " ", "completion": "20", "where": "row 7", "chat": False}]
     assert "row 7" in error_of(capsys, ulma.tokenize, rows, words(), 9)

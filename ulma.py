@@ -178,6 +178,9 @@ def gather(items):
 
 def render(prompt, completion, tokenizer):
     """Messages, lists of {"role", "content"}, as the texts (prompt, completion) of the tokenizer's chat template."""
+    if not completion or not all(isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+                                 for m in prompt + completion):
+        raise ValueError("write lists of messages with a role and a content, both of them text")
     start = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     whole = tokenizer.apply_chat_template(prompt + completion, tokenize=False)
     start = os.path.commonprefix([start, whole])
@@ -220,17 +223,21 @@ def pointwise_rows(row, where, options, tokenizer):
     return rows
 
 
-def broken_line(path):
-    """Names the first line below path that is not a JSON object; an empty string if there is none."""
-    for file in [path] if path.is_file() else sorted(path.rglob("*.json*")):
-        with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    if line.strip() and not isinstance(json.loads(line.decode("utf-8-sig")), dict):
-                        raise ValueError("not a JSON object")
-                except ValueError as error:
-                    return f"{file}, line {number}: {error}"
-    return ""
+def json_lines(path):
+    """(where, row) for the lines of the .jsonl files at or below path; fails at the first that is no JSON object."""
+    files = [path] if path.is_file() else sorted(path.rglob("*"))
+    for file in [file for file in files if ".jsonl" in file.name]:
+        number, row = 1, None
+        try:
+            with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as lines:
+                for number, line in enumerate(lines, 1):
+                    if line.strip():
+                        row = json.loads(line.strip().decode("utf-8-sig"))
+                        check(isinstance(row, dict), f"{file}, line {number}: not a JSON object")
+                        yield f"{file}, line {number}", row
+        except (ValueError, OSError, EOFError, zlib.error) as error:
+            fail(f"{file}, line {number}: {str(error).split(': line')[0]}")
+        check(row, f"{file} holds no rows; write some, or delete it")
 
 
 def load_rows(options, tokenizer):
@@ -238,27 +245,32 @@ def load_rows(options, tokenizer):
     path = Path(options.data)
     source = {"path": "json", "data_files": options.data} if path.is_file() else {
         "path": options.data, "name": options.data_config or None, "data_dir": options.data_dir or None}
+    for _ in json_lines(path / options.data_dir):  # datasets names no line, and dies of some
+        pass
     cache = TemporaryDirectory(ignore_cleanup_errors=True)  # that of datasets misses edits to a folder with a README
     try:
-        splits = load_dataset(**source, cache_dir=cache.name if path.exists() else None)
+        found = load_dataset(**source, cache_dir=cache.name if path.exists() else None)
+        splits = {name: found[name].to_list() for name in ("train", "test") if name in found}
     except Exception as error:  # datasets raises many kinds, with the cause inside
-        fail(f"--data {options.data} cannot be read: {broken_line(path) or short(error)}")
+        for where, row in json_lines(path / options.data_dir):
+            pointwise_rows(row, where, options, tokenizer)
+        fail(f"--data {options.data} cannot be read, as .jsonl files with the same columns each: {short(error)}")
     check(splits.keys() & ({"train", "test"} if options.eval_only else {"train"}),
-          f"--data {options.data} has the splits {list(splits)}; it needs `train`, and may have `test`")
+          f"--data {options.data} has the splits {list(found)}; it needs `train`, and may have `test`")
     rows = {"train": [], "test": []}
-    for split in [split for split in rows if split in splits]:
-        columns = set(splits[split].column_names)
+    for name, split in splits.items():
+        columns = set(found[name].column_names)
         check(columns >= {"chosen", "rejected"} or columns >= {"prompt"} and columns & {"completion", "response"}
               and columns & {"label", *["score"] * options.continuous},
-              f"--data {options.data}, {split}: the columns are {', '.join(sorted(columns))}; needed are prompt, "
+              f"--data {options.data}, {name}: the columns are {', '.join(sorted(columns))}; needed are prompt, "
               "completion and label (or score, with --continuous), or chosen and rejected")
-        for number, row in enumerate(splits[split], 1):
-            rows[split] += pointwise_rows(row, f"{options.data}, {split} row {number}", options, tokenizer)
+        for number, row in enumerate(split, 1):
+            rows[name] += pointwise_rows(row, f"{options.data}, {name} row {number}", options, tokenizer)
     if "test" not in splits:
         prompts = sorted({r["prompt"] for r in rows["train"]})
         held_out = set(random.Random(options.seed).sample(prompts, math.ceil(len(prompts) / 10)))
-        rows = {split: [r for r in rows["train"] if (r["prompt"] in held_out) == (split == "test")] for split in rows}
-    sizes = {split: len(rows[split]) for split in rows}
+        rows = {name: [r for r in rows["train"] if (r["prompt"] in held_out) == (name == "test")] for name in rows}
+    sizes = {name: len(rows[name]) for name in rows}
     check(sizes["test"] and (sizes["train"] or options.eval_only), f"--data {options.data} leaves {sizes} rows; add some")
     return rows["train"], rows["test"]
 
@@ -278,11 +290,11 @@ def tokenize(rows, tokenizer, max_length):
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     special = not any(r["chat"] for r in rows)  # a chat template writes them itself
     prompts = tokenizer([r["prompt"] for r in rows], add_special_tokens=special).input_ids
-    # Some tokenizers, Llama 2's is one, put a space before a text; behind a line break, which is cut off, they do not.
-    guard = "\n" if tokenizer.tokenize("a")[0].startswith("▁") else ""
-    guarded = tokenizer([guard, *(guard + r["completion"] for r in rows)], add_special_tokens=False).input_ids
-    for row, prompt, completion in zip(rows, prompts, guarded[1:]):
-        completion = completion[len(guarded[0]):]
+    completions = tokenizer([r["completion"] for r in rows], add_special_tokens=False).input_ids
+    if tokenizer.tokenize("a")[0].startswith("▁"):  # as Llama 2's, puts a space before a text; not behind a line break
+        guard, *guarded = tokenizer(["\n", *("\n" + r["completion"] for r in rows)], add_special_tokens=False).input_ids
+        completions = [g[len(guard):] if g[:len(guard)] == guard else c for g, c in zip(guarded, completions)]
+    for row, prompt, completion in zip(rows, prompts, completions):
         if special and prompt[-1:] == [eos]:  # some tokenizers close every text
             prompt = prompt[:-1]
         if prompt[:2] == [bos, bos]:  # the row brings its own
@@ -640,8 +652,9 @@ def load_model(name, options, device):
         for module in [*next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), model]:
             fully_shard(module, reshard_after_forward=True, mp_policy=policy)
     with torch.no_grad():
-        first = model.eval()(input_ids=torch.tensor([[0, 0], [0, 1]], device=device)).logits[:, 0]
-    check(torch.allclose(*first, atol=1e-2), f"--model {name} sees tokens to come; name a decoder-only model, no encoder")
+        first = model.eval()(input_ids=torch.tensor([[1, 0], [1, 2]], device=device)).logits[:, 0]
+    check((first[0] - first[1]).abs().max() <= 1e-4 * first.abs().max(),
+          f"--model {name} sees the tokens to come, as an encoder does; name a decoder-only model")
     return model
 
 
@@ -802,11 +815,12 @@ def main(argv=None):
     except KeyboardInterrupt:
         reason, code = "interrupted", 130
     except Exception as error:
-        reason, code = f"error: {short(error)}", 2
-        if "out of memory" in reason:
-            reason += "; what helps: a smaller --batch-size, --gradient-checkpointing, a smaller --max-length"
-        elif not isinstance(error, OSError):
+        mends = {"out of memory": "a smaller --batch-size, --gradient-checkpointing and a smaller --max-length help",
+                 "No space left on device": "make room", "Disk quota exceeded": "make room"}
+        fault = next((fault for fault in mends if fault in f"{error} {error.__context__}"), None)
+        if not fault:
             raise
+        reason, code = f"error: {fault}: {mends[fault]}", 2
     shutil.rmtree(out / "partial-checkpoint", ignore_errors=True)
     if not RANK or code == 2:
         begun = (out / "metrics.json").exists()
