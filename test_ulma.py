@@ -8,8 +8,12 @@ import json
 import math
 import os
 import random
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -628,6 +632,76 @@ def test_a_malformed_row_stops_the_run_before_the_model_loads_and_is_named(tmp_p
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name, text, told", [
+    ("a.jsonl", "", "holds no rows"), ("a.jsonl", "\n \n", "holds no rows"), ("a.jsonl", '{"prompt": "x"\n', "line 1"),
+    ("a.jsonl", json.dumps(point(1)) + "\n\n" + json.dumps(point(2))[:-9] + "\n", "line 3"),
+    ("a.jsonl", json.dumps(point(1)) + "\nnull\n", "line 2: not a JSON object"), ("a.jsonl.gz", "no gzip", "gzip"),
+    ("a.jsonl", '{"promt": "x", "completion": "y", "label": 1}\n', "completion, label, promt; needed are prompt"),
+    ("a.jsonl", '{"prompt": "x", "completion": "y", "score": 0.5}\n', "--continuous"),
+    ("a.csv", "prompt,completion,label\nx,y,1\n", ".jsonl"),
+    ("a.jsonl", 9 * '{"prompt": "x", "completion": "y", "label": 1}\n', "'train': 0, 'test': 9")])
+def test_a_file_that_cannot_be_read_is_named_with_the_line(tmp_path, capsys, name, text, told):
+    (tmp_path / name).write_text(text)
+    message = error_of(capsys, load, tmp_path / name)
+    assert f"{tmp_path / name}" in message and told in message
+
+
+def mutated(text, rng):
+    """The bytes of a .jsonl file, damaged in one to four ways."""
+    data = text.encode()
+    for _ in range(rng.randrange(1, 5)):
+        i, j = sorted(rng.randrange(len(data) + 1) for _ in range(2))
+        lines = data.split(b"\n")
+        k = rng.randrange(len(lines))
+        way = rng.randrange(5)
+        if way == 0 and i < len(data):  # a bit flipped
+            data = data[:i] + bytes([data[i] ^ 1 << rng.randrange(8)]) + data[i + 1:]
+        elif way == 1:  # a line cut
+            data = b"\n".join([*lines[:k], lines[k][:rng.randrange(len(lines[k]) + 1)], *lines[k + 1:]])
+        elif way == 2:  # some bytes gone
+            data = data[:i] + data[min(j, i + 50):]
+        elif way == 3:  # odd bytes put in
+            odd = ["NaN", "1e999", "9" * 30, "null", "\0", "\ufeff", "\ud800", "\u202e", "\u2028", "{", "]", '"', "\r", "\n\n"]
+            data = data[:i] + rng.choice(odd).encode("utf-8", "surrogatepass") + data[i:]
+        else:  # a value of another type, a column renamed or gone
+            try:
+                row = json.loads(lines[k])
+                name = rng.choice(list(row))
+                odd = [None, 3, -1, 0.5, 1e300, 10**30, "", "x", [], ["x"], {}, {"role": "user"}, [{"role": "user"}], math.nan,
+                       "2020-01-01", "\ud800", 99999 * "x"]
+                row[name + rng.choice(["", "", "s"])] = rng.choice([row.pop(name), *odd])
+                data = b"\n".join([*lines[:k], json.dumps(row).encode(), *lines[k + 1:]])
+            except (ValueError, IndexError, AttributeError):
+                pass
+    return data
+
+
+@pytest.mark.parametrize("kind", ["pointwise", "pair", "conversation", "graded"])
+def test_of_a_mutated_file_every_row_is_read_or_a_line_is_named(tmp_path, capsys, kind):
+    """1,000 files in all; FUZZ=2500 python -m pytest -k mutated for ten thousand."""
+    make = {"pointwise": lambda i: point(i, i % 2, references=["é", "😀"] * (i % 2)),
+            "pair": lambda i: {"chosen": f"Human: {i}\n\nAssistant: Yes", "rejected": f"Human: {i}\n\nAssistant: No"},
+            "conversation": lambda i: {"prompt": [message("user", f"Hi {i}")], "label": bool(i % 2),
+                                       "completion": [message("assistant", "Hello")]},
+            "graded": lambda i: {"prompt": f"Question {i}?", "response": f" Answer {i}.", "score": i / 9}}[kind]
+    text, tokenizer = "".join(json.dumps(make(i), ensure_ascii=False) + "\n" for i in range(9)), chat_tokenizer()
+    for seed in range(int(os.environ.get("FUZZ", 250))):
+        path, data = tmp_path / "rows.jsonl", mutated(text, random.Random(f"{kind} {seed}"))
+        path.write_bytes(data)
+        try:
+            rows = [row for part in load(path, tokenizer, continuous=kind == "graded") for row in part]
+        except SystemExit as stop:
+            lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+            assert stop.code == 2 and len(lines) == 1 and str(path) in lines[0], (seed, lines)
+        else:
+            written = [json.loads(line) for line in data.decode("utf-8-sig").split("\n") if line.strip()]
+            assert len(rows) == len(written) * (2 if kind == "pair" else 1), seed
+            if kind in ("pointwise", "graded"):
+                expected = [(r["prompt"], r.get("completion", r.get("response")), round(r.get("label", r.get("score")), 6))
+                            for r in written]
+                assert sorted((r["prompt"], r["completion"], round(r["label"], 6)) for r in rows) == sorted(expected), seed
+
+
 def test_a_transcript_without_an_assistant_turn_is_named(tmp_path, capsys):
     rows = [{"chosen": "\n\nHuman: Hi\n\nAssistant: Hello", "rejected": "Hi"}]
     assert "train row 1" in error_of(capsys, load, write(tmp_path / "rows.jsonl", rows))
@@ -805,10 +879,310 @@ def test_an_output_folder_with_files_in_it_is_never_overwritten(run, tmp_path, c
 @pytest.mark.parametrize("flags, told", [
     (("--beta", "0"), "--beta"), (("--max-length", "1"), "--max-length"), (("--max-length", "4096"), "1024"),
     (("--log-z", "much"), "--log-z"), (("--log-z", "nan"), "--log-z"), (("--data", "nowhere"), "nowhere"),
-    (("--model", "nowhere"), "nowhere"),
-    (("--methd", "sft"), "--methd")])
+    (("--model", "nowhere"), "nowhere"), (("--methd", "sft"), "--methd"),
+    (("--method", "sft", "--log-z", "1"), "leave it out"), (("--eval-only", "--save-steps", "9"), "--save-steps"),
+    (("--data", __file__, "--data-dir", "x"), "--data-dir"), (("--data-dir", "x"), "any data files"),
+    (("--resume", "runs/none"), "leave out the others"), (("--output-dir", f"{__file__}/x"), "--output-dir")])
 def test_a_mistake_on_the_command_line_gets_one_clear_line(run, capsys, flags, told):
     assert told in error_of(capsys, run, *flags)
+
+
+@pytest.mark.parametrize("method, label, told", [
+    ("ulma", 1, "positives and negatives"), ("pointwise-dpo", 0, "positives and negatives"), ("sft", 0, "rows of label 1"),
+    ("dpo", 1, "a positive and a negative")])
+def test_labels_that_a_method_cannot_learn_from_are_refused(run, tmp_path, capsys, method, label, told):
+    path = write(tmp_path / "rows.jsonl", [point(i, label) for i in range(9)])
+    assert told in error_of(capsys, run, "--method", method, "--data", path)
+
+
+def test_a_hub_name_that_cannot_be_reached_is_told_at_once(tmp_path):
+    """The hub is a port that nothing listens on; its client alone would retry for most of a minute."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    for flag in ("--model", "--data"):
+        done = subprocess.run([sys.executable, "ulma.py", flag, "nobody/nothing", "--output-dir", str(tmp_path / "out")],
+                              cwd=HERE, env=environment, capture_output=True, text=True)
+        assert done.returncode == 2 and "nobody/nothing" in done.stderr and "Retrying" not in done.stderr
+        assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_out_of_memory_names_the_options_that_help(run, capsys, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(ulma, "method_loss", full)
+    message = error_of(capsys, run)
+    assert all(option in message for option in ("--batch-size", "--gradient-checkpointing", "--max-length"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models of all kinds: small stand-ins in the hub's layout
+
+
+def stand_in(folder, name="llama", tokenizer=None, dtype=torch.float32, **changes):
+    """A folder as from the hub: a random model and its tokenizer."""
+    tokenizer = tokenizer or base_tokenizer()
+    config = {"vocab_size": len(tokenizer), "max_position_embeddings": 128, "n_positions": 128, **changes}
+    tiny(name, **{k: v for k, v in config.items() if k != "n_positions" or name == "gpt2"}).to(dtype).save_pretrained(
+        folder, max_shard_size="20KB")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def trains(run, folder, **load):
+    """The metrics of a run that ends with other, finite weights in float32, which transformers and --eval-only load."""
+    results, out = run("--model", folder, "--max-length", 128, "--learning-rate", 1e-3)
+    before, after = weights(folder), weights(out)
+    assert before.keys() == after.keys() and any(not torch.equal(before[name], after[name]) for name in before)
+    assert all(value.isfinite().all() and value.dtype == torch.float32 for value in after.values())
+    again, _ = run("--eval-only", "--model", out, "--max-length", 128)
+    assert again["eval"]["perplexity"] == pytest.approx(results["after"]["perplexity"])
+    return results
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_model_in_bfloat16_and_in_shards_tied_or_not_is_trained_in_float32(run, tmp_path, name, tied):
+    folder = stand_in(tmp_path / "model", name, dtype=torch.bfloat16, tie_word_embeddings=tied)
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    trains(run, folder)
+
+
+@pytest.mark.parametrize("special", [{}, {"bos_token": "<s>"}, {"bos_token": "<s>", "pad_token": "<pad>"}])
+def test_a_tokenizer_without_bos_padding_or_chat_template_will_do(run, tmp_path, special):
+    tokenizer = chat_tokenizer(None, **special)
+    if not special.get("pad_token"):
+        tokenizer.pad_token = None
+    trains(run, stand_in(tmp_path / "model", tokenizer=tokenizer))
+
+
+def test_a_conversation_is_trained_on_from_end_to_end(run, tmp_path):
+    rows = [{"prompt": [message("user", f"Hi {i}")], "completion": [message("assistant", f"Bye {i}")], "label": i % 2 == 0}
+            for i in range(20)]
+    folder = stand_in(tmp_path / "model", tokenizer=chat_tokenizer())
+    results, out = run("--model", folder, "--data", write(tmp_path / "rows.jsonl", rows), "--max-length", 128)
+    assert results["after"]["perplexity"] > 1 and AutoTokenizer.from_pretrained(out).chat_template == CHATML
+
+
+def encoder(folder):
+    transformers.BertForMaskedLM(transformers.BertConfig(
+        vocab_size=768, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)).save_pretrained(folder)
+    base_tokenizer().save_pretrained(folder)
+
+
+def encoder_decoder(folder):
+    transformers.BartForConditionalGeneration(transformers.BartConfig(
+        vocab_size=768, d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=32, decoder_ffn_dim=32,
+        encoder_attention_heads=2, decoder_attention_heads=2)).save_pretrained(folder)
+    base_tokenizer().save_pretrained(folder)
+
+
+def without_a_head(folder):
+    tiny("llama", vocab_size=768, tie_word_embeddings=False).model.save_pretrained(folder)
+    base_tokenizer().save_pretrained(folder)
+
+
+def without_tokenizer(folder):
+    tiny("gpt2", vocab_size=768).save_pretrained(folder)
+
+
+def pickled(folder):
+    stand_in(folder)
+    torch.save(tiny("llama", vocab_size=768).state_dict(), folder / "pytorch_model.bin")
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+
+
+@pytest.mark.parametrize("make, told", [
+    (encoder, "decoder-only"), (encoder_decoder, "encoder-decoder"), (without_a_head, "lm_head.weight"),
+    (without_tokenizer, "tokenizer"), (pickled, "safetensors"), (lambda folder: folder.mkdir(), "cannot be loaded"),
+    (lambda folder: stand_in(folder, vocab_size=99), "768 tokens, its embedding 99")])
+def test_a_model_that_ulma_cannot_train_is_refused(run, tmp_path, capsys, make, told):
+    make(tmp_path / "model")
+    assert told in error_of(capsys, run, "--model", tmp_path / "model", "--max-length", 64)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Interruptions, and several processes
+
+
+def begin(out, small, *flags, launcher=()):
+    """A run of 60 short steps in a process of its own."""
+    command = [sys.executable, *launcher, "ulma.py", "--data", small, "--epochs", 5, "--batch-size", 8, "--output-dir", out]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*map(str, command), *map(str, flags)], cwd=HERE, stderr=subprocess.PIPE, text=True,
+                            stdout=subprocess.DEVNULL, env=environment)
+
+
+def resume(out, launcher=()):
+    done = subprocess.run([sys.executable, *launcher, "ulma.py", "--resume", str(out)], cwd=HERE, capture_output=True,
+                          text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert not list(out.glob("*checkpoint*"))
+
+
+def wait_for(condition, process):
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+def losses(out):
+    return [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(small, tmp_path_factory):
+    """The folder of a run that was never killed, with checkpoints every 7 steps."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    process = begin(out, small, "--save-steps", 7)
+    assert process.wait() == 0, process.communicate()
+    return out
+
+
+def same(one, other):
+    """Weights bit for bit, and everything else that is no time."""
+    figures = [json.loads((out / "metrics.json").read_text()) for out in (one, other)]
+    mine, yours = weights(one), weights(other)
+    return (all(torch.equal(mine[name], yours[name]) for name in mine) and losses(one) == losses(other)
+            and all(figures[0][when] == figures[1][when] for when in ("before", "after")))
+
+
+def test_a_run_killed_at_any_moment_and_resumed_ends_as_one_that_was_never_killed(small, whole, tmp_path):
+    """KILLS=20 python -m pytest -k killed: kills so many runs, each at a random moment; three if not told."""
+    rng = random.Random(os.environ.get("KILLS", 0))
+    for number in range(int(os.environ.get("KILLS", 3))):
+        out = tmp_path / f"run-{number}"
+        process = begin(out, small, "--save-steps", 7)
+        wait_for((out / "metrics.json").exists, process)
+        try:
+            process.wait(rng.uniform(0, 8))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            found = sorted(path.name for path in out.glob("*checkpoint*"))
+            print(f"killed with {len(losses(out)) if (out / 'log.jsonl').exists() else 'no'} lines of log, {found}")
+            resume(out)
+        assert same(out, whole)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(small, whole, tmp_path):
+    process = begin(tmp_path / "out", small, "--save-steps", 7)
+    wait_for(lambda: (tmp_path / "out" / "log.jsonl").exists() and len(losses(tmp_path / "out")) > 1, process)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate()
+    assert process.returncode == 130 and "Traceback" not in error
+    assert error.splitlines()[-1] == f"ulma.py: interrupted; to go on: python ulma.py --resume {tmp_path / 'out'}"
+    resume(tmp_path / "out")
+    assert all(torch.equal(value, weights(tmp_path / "out")[name]) for name, value in weights(whole).items())
+
+
+@pytest.fixture
+def stopped(run, monkeypatch, capsys):
+    """The folder of a run whose disk is full at the third checkpoint, after step 3."""
+    save, calls = torch.save, []
+
+    def full(state, file):
+        calls.append(save(state, file))
+        if len(calls) == 3:
+            file.truncate(99)
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    out = Path(tempfile.mkdtemp()) / "out"
+    message = error_of(capsys, run, "--save-steps", 1, "--output-dir", out)
+    assert message.endswith(f"No space left on device: make room; to go on: python ulma.py --resume {out}")
+    monkeypatch.undo()
+    yield out
+    shutil.rmtree(out.parent)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_and_says_how_to_go_on(stopped, run):
+    assert [path.name for path in stopped.glob("*checkpoint*")] == ["checkpoint-2"]
+    ulma.main(["--resume", str(stopped)])
+    never = weights(run()[1])
+    assert all(torch.equal(value, never[name]) for name, value in weights(stopped).items())
+
+
+def test_a_half_written_checkpoint_is_never_taken_for_a_whole_one(stopped):
+    (stopped / "partial-checkpoint").mkdir()
+    (stopped / "partial-checkpoint" / "0.pt").write_bytes(b"half")
+    assert ulma.load_checkpoint(stopped, torch.load(stopped / "checkpoint-2" / "0.pt", weights_only=True)["rows"])["step"] == 2
+
+
+class Harmful:
+    def __reduce__(self):
+        return os.mkdir, ("harm",)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(stopped, capsys, tmp_path, monkeypatch):
+    torch.save({"step": Harmful()}, stopped / "checkpoint-2" / "0.pt")
+    monkeypatch.chdir(tmp_path)
+    assert "cannot be read" in error_of(capsys, ulma.load_checkpoint, stopped, 0)
+    assert not Path("harm").exists()
+
+
+def test_what_cannot_be_resumed_is_told(stopped, run, capsys, monkeypatch):
+    assert "leave out the others" in error_of(capsys, ulma.main, ["--resume", str(stopped), "--beta", "1"])
+    assert "no run that has begun" in error_of(capsys, ulma.main, ["--resume", str(stopped.parent)])
+    assert "finished" in error_of(capsys, ulma.main, ["--resume", str(run()[1])])
+    record = json.loads((stopped / "metrics.json").read_text())
+    (stopped / "metrics.json").write_text(json.dumps({"options": {**record["options"], "data": str(HERE / "data")}}))
+    assert "other rows" in error_of(capsys, ulma.main, ["--resume", str(stopped)])
+    monkeypatch.setattr(ulma, "PROCESSES", 2)
+    assert "is of 1 processes, not 2" in error_of(capsys, ulma.load_checkpoint, stopped, 0)
+
+
+TORCHRUN = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
+several = pytest.mark.skipif(torch.__version__ < "2.7", reason="FSDP2 on the CPU is newer")
+
+
+@several
+@pytest.mark.parametrize("flags", [
+    ("--method", "ulma"), ("--method", "dpo", "--gradient-accumulation", "2", "--gradient-checkpointing")], ids=" ".join)
+def test_two_processes_give_the_losses_and_weights_of_one_with_the_same_global_batch(small, tmp_path, flags):
+    """97 rows in batches of 2 x 8: the last one holds one row, and one process nothing; of 25 pairs the same."""
+    data = tmp_path / "data"
+    shutil.copytree(small, data)
+    rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
+    write(data / "train.jsonl", [*rows, {**next(r for r in rows if r["demonstrated"] and not r["label"]), "completion": " No."}])
+    one, two = tmp_path / "one", tmp_path / "two"
+    alone, pair = begin(one, data, "--batch-size", 16, *flags), begin(two, data, *flags, launcher=TORCHRUN)
+    assert alone.wait() == 0, alone.communicate()
+    _, error = pair.communicate()
+    assert pair.returncode == 0, error
+    assert losses(two) == pytest.approx(losses(one), rel=1e-4)
+    start, single, double = (torch.cat([w.flatten() for w in weights(folder).values()])
+                             for folder in (HERE / "data" / "base", one, two))
+    assert (single - double).norm() < 1e-3 * (single - start).norm()
+    assert error.count("train: ") and error.count("before: log-probs:   0%") <= 1  # one process alone speaks
+    results = [json.loads((out / "metrics.json").read_text()) for out in (one, two)]
+    for when in ("before", "after"):
+        assert results[0][when]["perplexity"] == pytest.approx(results[1][when]["perplexity"], rel=1e-4)
+        assert results[0][when]["exact_match"]["greedy"] == results[1][when]["exact_match"]["greedy"]
+    assert results[0]["train"]["tokens"] == results[1]["train"]["tokens"]
+    assert sorted(path.name for path in one.iterdir()) == sorted(path.name for path in two.iterdir())
+
+
+@several
+def test_two_processes_killed_and_resumed_end_as_if_never_killed(small, tmp_path):
+    never, out = tmp_path / "never", tmp_path / "out"
+    whole = begin(never, small, "--save-steps", 3, launcher=TORCHRUN)
+    process = begin(out, small, "--save-steps", 3, launcher=TORCHRUN)
+    wait_for(lambda: list(out.glob("checkpoint-*")), process)
+    for command in Path("/proc").glob("[0-9]*/cmdline"):  # torchrun's children outlive it
+        if str(out).encode() in command.read_bytes():
+            os.kill(int(command.parent.name), signal.SIGKILL)
+    process.communicate()
+    _, error = whole.communicate()
+    assert whole.returncode == 0, error
+    resume(out, TORCHRUN)
+    assert same(out, never)
+
+
+def test_nothing_unsafe():
+    source = (HERE / "ulma.py").read_text()
+    assert "trust_remote_code" not in source and source.count("torch.load(") == source.count("weights_only=True") == 1
+    assert source.count("AutoModelForCausalLM.from_pretrained(") == source.count("use_safetensors=True") == 1
 
 
 def test_the_readmes_command_aligns_the_embedded_model(tmp_path):

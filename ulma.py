@@ -32,7 +32,7 @@ from typing import Literal, Optional
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from datasets import load_dataset
+from datasets import load_dataset, logging
 from huggingface_hub import HfApi, constants
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -247,6 +247,7 @@ def load_rows(options, tokenizer):
         "path": options.data, "name": options.data_config or None, "data_dir": options.data_dir or None}
     for _ in json_lines(path / options.data_dir):  # datasets names no line, and dies of some
         pass
+    logging.set_verbosity(logging.CRITICAL)  # what goes wrong is told below
     cache = TemporaryDirectory(ignore_cleanup_errors=True)  # that of datasets misses edits to a folder with a README
     try:
         found = load_dataset(**source, cache_dir=cache.name if path.exists() else None)
