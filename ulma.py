@@ -435,7 +435,7 @@ def report(columns, generations):
     """Prints {column: metrics} as a table, and a few of the {column: {prompt: generations}}, side by side."""
     print(f"\n{'':38}" + "".join(f"{column:>8}" for column in columns))
     for lines in zip(*map(flatten, columns.values())):
-        print(f"{lines[0][0]:38}" + "".join("     n/a" if value is None else f"{value:8.3f}" for _, value in lines))
+        print(f"{lines[0][0]:38}" + "".join("     n/a" if value is None else f" {value:7.3f}" for _, value in lines))
     prompts = list(generations[list(columns)[0]])
     for prompt in prompts[::math.ceil(len(prompts) / SHOWN)]:
         print("\n" + " ".join(prompt.split())[-110:])
