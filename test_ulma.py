@@ -578,7 +578,8 @@ def test_a_template_that_writes_bos_gives_it_once_and_one_that_writes_no_eos_get
     {"prompt": "Hi", "completion": [message("assistant", "Hello")]}, {"prompt": [message("user", "Hi")], "completion": []},
     {"prompt": [message("user", "Hi")], "completion": [{"role": "assistant"}]},
     {"prompt": [message("user", "Hi")], "completion": [{"role": "assistant", "content": None}]},
-    {"prompt": [message("user", "Hi")], "completion": ["Hello"]}])
+    {"prompt": [message("user", "Hi")], "completion": ["Hello"]},
+    {"prompt": [message("user", "Hi")], "completion": [message("user", "Hi"), message("assistant", "Hello")]}])
 def test_what_is_no_conversation_is_named(capsys, row):
     raising = CHATML.replace("{{ m.content }}", "{{ m.content if m.content is string else raise_exception('no text') }}")
     for template in (CHATML, raising):
@@ -635,7 +636,7 @@ def test_a_malformed_row_stops_the_run_before_the_model_loads_and_is_named(tmp_p
 @pytest.mark.parametrize("name, text, told", [
     ("a.jsonl", "", "holds no rows"), ("a.jsonl", "\n \n", "holds no rows"), ("a.jsonl", '{"prompt": "x"\n', "line 1"),
     ("a.jsonl", json.dumps(point(1)) + "\n\n" + json.dumps(point(2))[:-9] + "\n", "line 3"),
-    ("a.jsonl", json.dumps(point(1)) + "\nnull\n", "line 2: not a JSON object"), ("a.jsonl.gz", "no gzip", "gzip"),
+    ("a.jsonl", json.dumps(point(1)) + "\nnull\n", "line 2: write one JSON object"), ("a.jsonl.gz", "no gzip", "gzip"),
     ("a.jsonl", '{"promt": "x", "completion": "y", "label": 1}\n', "completion, label, promt; needed are prompt"),
     ("a.jsonl", '{"prompt": "x", "completion": "y", "score": 0.5}\n', "--continuous"),
     ("a.csv", "prompt,completion,label\nx,y,1\n", ".jsonl"),
@@ -644,6 +645,19 @@ def test_a_file_that_cannot_be_read_is_named_with_the_line(tmp_path, capsys, nam
     (tmp_path / name).write_text(text)
     message = error_of(capsys, load, tmp_path / name)
     assert f"{tmp_path / name}" in message and told in message
+
+
+def test_only_the_test_rows_need_references_and_hidden_files_are_no_data(tmp_path):
+    write(tmp_path / "train.jsonl", [point(i) for i in range(4)])
+    write(tmp_path / "test.jsonl", [point(i, references=[" Yes."] * i) for i in range(4)])
+    write(tmp_path / ".cache" / "train.jsonl", [])
+    (tmp_path / ".train.jsonl.swp").write_bytes(b"\0")
+    assert [len(r["references"]) for r in load(tmp_path)[1]] == [0, 1, 2, 3]
+
+
+def test_evaluation_takes_a_test_split_alone(run, tmp_path):
+    write(tmp_path / "test.jsonl", [point(i, i % 2) for i in range(4)])
+    assert run("--eval-only", "--data", tmp_path)[0]["eval"]["reward_auc"] == 0.5
 
 
 def mutated(text, rng):
@@ -1091,7 +1105,7 @@ def stopped(run, monkeypatch, capsys):
     monkeypatch.setattr(torch, "save", full)
     out = Path(tempfile.mkdtemp()) / "out"
     message = error_of(capsys, run, "--save-steps", 1, "--output-dir", out)
-    assert message.endswith(f"No space left on device: make room; to go on: python ulma.py --resume {out}")
+    assert message.endswith(f"No space left on device; to go on: python ulma.py --resume {out}")
     monkeypatch.undo()
     yield out
     shutil.rmtree(out.parent)

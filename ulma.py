@@ -26,13 +26,12 @@ from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from itertools import islice, product
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Literal, Optional
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from datasets import load_dataset, logging
+from datasets import load_dataset, load_dataset_builder, logging
 from huggingface_hub import HfApi, constants
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -183,8 +182,11 @@ MAX_LOGITS = 2**29  # in one forward pass: 2 GiB in float32, of which training h
 
 def render(prompt, completion, tokenizer):
     """Messages, lists of {"role", "content"}, as the texts (prompt, completion) of the tokenizer's chat template."""
-    if not all(isinstance(message[key], str) for message in prompt + completion for key in ("role", "content")):
-        raise TypeError("not text")
+    for message in prompt + completion:
+        if not isinstance(message["role"], str) or not isinstance(message["content"], str):
+            raise TypeError(f"{message} is not two texts")
+    if [*completion, {}][0].get("role") != "assistant":
+        raise ValueError("the completion is not the assistant's")
     start = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     whole = tokenizer.apply_chat_template(prompt + completion, tokenize=False)
     start = os.path.commonprefix([start, whole])
@@ -212,10 +214,11 @@ def pointwise_rows(row, where, options, tokenizer):
                 prompt, turns = (completion[:-1], completion[-1:]) if prompt is None else (prompt, completion)
                 prompt, completion = render(prompt, turns, tokenizer)
             except Exception as error:  # templates raise what they like
-                fail(f"{where}: write messages, each with the texts role and content, that the chat template of "
-                     f"{options.model} takes: {short(error)}")
+                fail(f"{where}: prompt and completion are to be messages, lists of role and content, that the chat "
+                     f"template of {options.model} takes: {short(error)}")
         elif pair and prompt is None:
             prompt, turn, completion = str(completion).rpartition("\n\nAssistant:")
+            check(turn, f"{where}: {completion[:40]!r} has no \"\\n\\nAssistant:\"; write it, or a column prompt")
             prompt += turn
         for name, text in (("prompt", prompt), ("completion", completion)):
             check(isinstance(text, str) and (text or pair and name == "completion"),  # HH-RLHF has empty turns
@@ -230,18 +233,20 @@ def pointwise_rows(row, where, options, tokenizer):
 
 def json_lines(path):
     """(where, row) for the lines of the .jsonl files at or below path; fails at the first that is no JSON object."""
-    files = [path] if path.is_file() else sorted(path.rglob("*"))
-    for file in [file for file in files if ".jsonl" in file.name]:
+    for file in [path, *sorted(path.rglob("*"))]:
+        hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+        if hidden or not file.is_file() or not file.name.endswith((".jsonl", ".jsonl.gz")):
+            continue
         number, row = 1, None
         try:
             with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as lines:
                 for number, line in enumerate(lines, 1):
                     if line.strip():
                         row = json.loads(line.strip().decode("utf-8-sig"))
-                        check(isinstance(row, dict), f"{file}, line {number}: not a JSON object")
+                        check(isinstance(row, dict), f"{file}, line {number}: write one JSON object a line, {{...}}")
                         yield f"{file}, line {number}", row
         except (ValueError, OSError, EOFError, zlib.error) as error:
-            fail(f"{file}, line {number}: {str(error).split(': line')[0]}")
+            fail(f"{file}, line {number}: {str(error).split(': line')[0]}; write one JSON object a line, in UTF-8")
         check(row, f"{file} holds no rows; write some, or delete it")
 
 
@@ -253,19 +258,23 @@ def load_rows(options, tokenizer):
     for _ in json_lines(path / options.data_dir):  # datasets names no line, and dies of some
         pass
     logging.set_verbosity(logging.CRITICAL)  # what goes wrong is told below
-    cache = TemporaryDirectory(ignore_cleanup_errors=True)  # that of datasets misses edits to a folder with a README
     try:
-        found = load_dataset(**source, cache_dir=cache.name if path.exists() else None)
-        splits = {name: found[name].to_list() for name in ("train", "test") if name in found}
+        if path.exists():  # a split at a time, as their columns may differ; streamed, as the cache misses some edits
+            files = load_dataset_builder(**source).config.data_files
+            found = {name: load_dataset(**{**source, "data_files": files[name]}, split="train", streaming=True)
+                     for name in files}
+        else:
+            found = load_dataset(**source)
+        splits = {name: list(found[name]) for name in ("train", "test") if name in found}
     except Exception as error:  # datasets raises many kinds, with the cause inside
         for where, row in json_lines(path / options.data_dir):
             pointwise_rows(row, where, options, tokenizer)
-        fail(f"--data {options.data} cannot be read, as .jsonl files with the same columns each: {short(error)}")
+        fail(f"--data {options.data} cannot be read: {short(error)}; it takes .jsonl and .jsonl.gz files")
     check(splits.keys() & ({"train", "test"} if options.eval_only else {"train"}),
           f"--data {options.data} has the splits {list(found)}; it needs `train`, and may have `test`")
     rows = {"train": [], "test": []}
     for name, split in splits.items():
-        columns = set(found[name].column_names)
+        columns = {column for row in split for column in row}
         check(columns >= {"chosen", "rejected"} or columns >= {"prompt"} and columns & {"completion", "response"}
               and columns & {"label", *["score"] * options.continuous},
               f"--data {options.data}, {name}: the columns are {', '.join(sorted(columns))}; needed are prompt, "
@@ -411,7 +420,7 @@ def evaluate(model, tokenizer, rows, options, title):
         [[r["logp"], r["ref_logp"], r["label"], r["length"] - r["prompt_length"]] for r in rows], dtype=torch.float64).T
     sums = logps * tokens if options.length_normalize else logps
     nll = -sums[labels == 1].sum() / tokens[labels == 1].sum()  # nats a token of the demonstrations
-    metrics = {"perplexity": nll.exp().item() if 1 in labels else None,
+    metrics = {"perplexity": nll.exp().item() if nll.exp().isfinite() else None,
                "reward_auc": concordance(implicit_reward(logps, ref_logps, options.beta), labels)}
 
     scored = list({r["prompt"]: r for r in rows if r["references"]}.values())
@@ -511,9 +520,9 @@ def load_checkpoint(out, rows):
     check(processes == PROCESSES, f"{folder} is of {processes} processes, not {PROCESSES}; start as many")
     try:
         state = torch.load(folder / f"{RANK}.pt", weights_only=True)
-    except Exception as error:  # a damaged file raises many kinds
-        fail(f"{folder} cannot be read, delete it to start from the beginning: {short(error)}")
-    check(state["rows"] == rows, f"{folder} is of other rows than --data has now; put those back, or start a new run")
+    except Exception:  # a damaged file raises many kinds, some of which advise to trust it
+        fail(f"{folder} cannot be read: it is damaged, or not of ulma.py; delete it to start from the beginning")
+    check(state.get("rows") == rows, f"{folder} is of other rows than --data has now; put those back, or start a new run")
     return state
 
 
@@ -657,7 +666,7 @@ def load_model(name, options, device):
             fully_shard(module, reshard_after_forward=True, mp_policy=policy)
     with torch.no_grad():
         first = model.eval()(input_ids=torch.tensor([[1, 0], [1, 2]], device=device)).logits[:, 0]
-    check((first[0] - first[1]).abs().max() <= 1e-3 * first.abs().max(),
+    check(not (first[0] - first[1]).abs().max() > 1e-3 * first.abs().max(),
           f"--model {name} sees the tokens to come, as an encoder does; name a decoder-only model")
     return model
 
@@ -676,24 +685,21 @@ def parse(argv):
     """(options, output folder) of a command line, checked as far as that goes without data and model."""
     options = Options(**vars(HfArgumentParser(Options, description=__doc__.splitlines()[0]).parse_args(argv)))
     if options.resume:
-        out, record = Path(options.resume), Path(options.resume, "metrics.json")
+        out, begun = Path(options.resume), load_metrics(Path(options.resume))
         check(options == Options(resume=options.resume), "--resume takes its options from that run; leave out the others")
-        try:
-            begun = json.loads(record.read_text())
-            options = Options(**{**begun["options"], "resume": options.resume})
-        except (OSError, ValueError, KeyError, TypeError):
-            fail(f"--resume {out} holds no run that has begun; name the folder that a run says it saves to")
-        check("after" not in begun and not options.eval_only, f"--resume {out}: that run is finished")
+        check(begun["options"], f"--resume {out} holds no run that has begun; name the folder that a run says it saves to")
+        check(not begun.keys() & {"after", "eval"}, f"--resume {out}: that run is finished")
+        options = Options(**{**begun["options"], "resume": options.resume})
         return options, out
     if options.beta is None:  # these defaults are the best of one sweep on data/: see the README
         options.beta = 0.1 if options.continuous else 3.0
     if options.learning_rate is None:
         options.learning_rate = {"sft": 1e-3, "dpo": 1e-3, "unlikelihood": 3e-5}.get(options.method, 3e-4)
     least = {"beta": 0, "learning_rate": 0, "epochs": 0, "batch_size": 0, "gradient_accumulation": 0, "max_length": 1,
-             "save_steps": -1}
+             "save_steps": -1, "seed": -1}
     for name, bound in least.items():
         value = getattr(options, name)
-        check(bound < value < math.inf, f"--{name.replace('_', '-')} is {value}; write a number over {bound}")
+        check(bound < value < 2**63, f"--{name.replace('_', '-')} is {value}; write a number over {bound}")
     check(options.log_z == "auto" or options.method in ("ulma", "pointwise-dpo"),
           f"--log-z is not in the loss of --method {options.method}; leave it out")
     check(not (options.eval_only and options.save_steps), "--eval-only has nothing to save; leave out --save-steps")
@@ -712,6 +718,15 @@ def save_metrics(out, results):
     if RANK == 0:
         (out / "metrics.tmp").write_text(json.dumps(results, indent=2) + "\n")
         os.replace(out / "metrics.tmp", out / "metrics.json")
+
+
+def load_metrics(folder):
+    """What a run has written to folder/metrics.json; with empty options if there is no such thing."""
+    try:
+        results = json.loads((folder / "metrics.json").read_text())
+        return {**results, "options": {**results["options"]}}
+    except (OSError, ValueError, KeyError, TypeError):  # also those of something else's metrics.json
+        return {"options": {}}
 
 
 def run(options, out):
@@ -734,9 +749,9 @@ def run(options, out):
         options.log_z = prior_log_z(mean_label, options.beta, options.continuous) if 0 < mean_label < 1 else 0.0
     try:
         options.log_z = float(options.log_z)
+        check(abs(options.beta * options.log_z) < 2**63, f"--log-z {options.log_z} is too much; write a smaller number")
     except ValueError:
-        options.log_z = math.nan
-    check(math.isfinite(options.log_z), "--log-z is neither auto nor a finite number")
+        fail(f"--log-z is {options.log_z}; write auto or a number")
 
     mps = torch.backends.mps.is_available()
     device = torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
@@ -744,24 +759,26 @@ def run(options, out):
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)  # same seed, same machine: the same weights
     torch.utils.deterministic.fill_uninitialized_memory = False  # a check that costs time
-    for rows in (train_rows, test_rows):
+    for rows in filter(None, (train_rows, test_rows)):
         tokenize(rows, tokenizer, options.max_length)
     model, rows = load_model(options.model, options, device), train_rows + test_rows
     fingerprint = zlib.crc32(json.dumps([[r["prompt"], r["completion"], r["label"]] for r in rows]).encode())
     state = load_checkpoint(out, fingerprint) if options.resume else {}
+    base = load_metrics(Path(options.model))["options"].get("model")  # of a finished run: the model it started from
+    reference = load_model(base, options, device) if options.eval_only and base else None
     out.mkdir(parents=True, exist_ok=True)
-    print(f"{options.method}: β {options.beta:g}, β log Z {options.beta * options.log_z:.3g}, "
+    print(f"{'eval' if options.eval_only else options.method}: β {options.beta:g}, β log Z {options.beta * options.log_z:.3g}, "
           f"on {device}{f', {PROCESSES} processes' if PROCESSES > 1 else ''}\n"
           f"{options.model}: {model.num_parameters():,} parameters\n"
           f"{options.data}: {len(train_rows)} training rows, mean label {mean_label:.3f}; {len(test_rows)} test rows\n"
           f"to be saved to {out}")
 
-    results, generations = state.get("results", {"options": asdict(options)}), state.get("generations", {})
+    places = {name: os.path.abspath(place) for name, place in (("model", options.model), ("data", options.data))
+              if os.path.exists(place)}  # so that --resume and --eval-only find them from anywhere
+    results, generations = state.get("results", {"options": {**asdict(options), **places}}), state.get("generations", {})
     if options.eval_only:
-        record = Path(options.model, "metrics.json")
-        base = json.loads(record.read_text()).get("options", {}).get("model") if record.is_file() else None
-        if base:  # a finished run: its reference is the model it started from
-            score(load_model(base, options, device), test_rows, options, "ref_logp", "reference")
+        if reference:
+            score(reference, test_rows, options, "ref_logp", "reference")
         results["eval"], generations["eval"] = evaluate(model, tokenizer, test_rows, options, "eval")
     else:
         if not state:
@@ -818,12 +835,12 @@ def main(argv=None):
     except KeyboardInterrupt:
         reason, code = "interrupted", 130
     except Exception as error:
-        mends = {"out of memory": "a smaller --batch-size, --gradient-checkpointing and a smaller --max-length help",
-                 "No space left on device": "make room", "Disk quota exceeded": "make room"}
-        fault = next((fault for fault in mends if fault in f"{error} {error.__context__}"), None)
-        if not fault:
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save hides a full disk
+        reason, code = f"error: {short(cause)}", 2
+        if "out of memory" in reason:
+            reason += "; a smaller --batch-size, --gradient-checkpointing and a smaller --max-length help"
+        elif not isinstance(cause, OSError) and "No space left" not in reason:
             raise
-        reason, code = f"error: {fault}: {mends[fault]}", 2
     shutil.rmtree(out / "partial-checkpoint", ignore_errors=True)
     if not RANK or code == 2:
         begun = (out / "metrics.json").exists()
