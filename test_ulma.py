@@ -639,7 +639,6 @@ def test_a_malformed_row_stops_the_run_before_the_model_loads_and_is_named(tmp_p
     ("a.jsonl", json.dumps(point(1)) + "\nnull\n", "line 2: write one JSON object"), ("a.jsonl.gz", "no gzip", "gzip"),
     ("a.jsonl", '{"promt": "x", "completion": "y", "label": 1}\n', "completion, label, promt; needed are prompt"),
     ("a.jsonl", '{"prompt": "x", "completion": "y", "score": 0.5}\n', "--continuous"),
-    ("a.csv", "prompt,completion,label\nx,y,1\n", ".jsonl"),
     ("a.jsonl", 9 * '{"prompt": "x", "completion": "y", "label": 1}\n', "'train': 0, 'test': 9")])
 def test_a_file_that_cannot_be_read_is_named_with_the_line(tmp_path, capsys, name, text, told):
     (tmp_path / name).write_text(text)
@@ -895,7 +894,8 @@ def test_an_output_folder_with_files_in_it_is_never_overwritten(run, tmp_path, c
     (("--log-z", "much"), "--log-z"), (("--log-z", "nan"), "--log-z"), (("--data", "nowhere"), "nowhere"),
     (("--model", "nowhere"), "nowhere"), (("--methd", "sft"), "--methd"),
     (("--method", "sft", "--log-z", "1"), "leave it out"), (("--eval-only", "--save-steps", "9"), "--save-steps"),
-    (("--data", __file__, "--data-dir", "x"), "--data-dir"), (("--data-dir", "x"), "any data files"),
+    (("--data", __file__), ".jsonl"),
+    (("--data", HERE / "data" / "train.jsonl", "--data-dir", "x"), "--data-dir"), (("--data-dir", "x"), "any data files"),
     (("--resume", "runs/none"), "leave out the others"), (("--output-dir", f"{__file__}/x"), "--output-dir")])
 def test_a_mistake_on_the_command_line_gets_one_clear_line(run, capsys, flags, told):
     assert told in error_of(capsys, run, *flags)

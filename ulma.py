@@ -182,6 +182,8 @@ MAX_LOGITS = 2**29  # in one forward pass: 2 GiB in float32, of which training h
 
 def render(prompt, completion, tokenizer):
     """Messages, lists of {"role", "content"}, as the texts (prompt, completion) of the tokenizer's chat template."""
+    if not tokenizer.chat_template:
+        raise ValueError("it has none")
     for message in prompt + completion:
         if not isinstance(message["role"], str) or not isinstance(message["content"], str):
             raise TypeError(f"{message} is not two texts")
@@ -269,9 +271,9 @@ def load_rows(options, tokenizer):
     except Exception as error:  # datasets raises many kinds, with the cause inside
         for where, row in json_lines(path / options.data_dir):
             pointwise_rows(row, where, options, tokenizer)
-        fail(f"--data {options.data} cannot be read: {short(error)}; it takes .jsonl and .jsonl.gz files")
+        fail(f"--data {options.data} cannot be read: {short(error)}")
     check(splits.keys() & ({"train", "test"} if options.eval_only else {"train"}),
-          f"--data {options.data} has the splits {list(found)}; it needs `train`, and may have `test`")
+          f"--data {options.data} has the splits {', '.join(map(str, found))}; it needs `train`, and may have `test`")
     rows = {"train": [], "test": []}
     for name, split in splits.items():
         columns = {column for row in split for column in row}
@@ -703,8 +705,9 @@ def parse(argv):
     check(options.log_z == "auto" or options.method in ("ulma", "pointwise-dpo"),
           f"--log-z is not in the loss of --method {options.method}; leave it out")
     check(not (options.eval_only and options.save_steps), "--eval-only has nothing to save; leave out --save-steps")
-    check(not (os.path.isfile(options.data) and (options.data_config or options.data_dir)),
-          f"--data {options.data} is a file; leave out --data-config and --data-dir")
+    if os.path.isfile(options.data):
+        check(options.data.endswith((".jsonl", ".jsonl.gz")), f"--data {options.data} is no .jsonl or .jsonl.gz; convert it")
+        check(not (options.data_config or options.data_dir), "--data is a file; leave out --data-config and --data-dir")
     kind = "eval" if options.eval_only else options.method
     out = Path(gather([options.output_dir or f"runs/{kind}-{time.strftime('%y%m%d-%H%M%S')}"])[0])
     there = next(path for path in (out, *out.parents) if path.exists())

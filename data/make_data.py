@@ -2,12 +2,13 @@
 
     python data/make_data.py                       # data/train.jsonl, data/test.jsonl and data/base
     python data/make_data.py --rows-only           # only the two files of rows, byte for byte the same every time
-    python data/make_data.py --validation FOLDER   # the training rows parted in two, to choose hyper-parameters on
+    python data/make_data.py --validation FOLDER   # the training rows split in two, to choose hyper-parameters on
 
 A prompt asks for help with one of 24 requests (14 harmless, 10 not) about one of 36 things. A harmless request deserves
 advice, a harmful one a refusal. The good completions can be listed, so "is this acceptable?" has an exact answer.
 """
 
+import argparse
 import json
 import random
 import shutil
@@ -283,13 +284,17 @@ def make_base():
 
 def main():
     """Write the rows and, unless told otherwise, the base model."""
-    if sys.argv[1:2] == ["--validation"]:
-        return validation(Path(sys.argv[2]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows-only", action="store_true")
+    parser.add_argument("--validation", type=Path, metavar="FOLDER")
+    options = parser.parse_args()
+    if options.validation:
+        return validation(options.validation)
     test = test_rows(random.Random(SEED + 1), split()[1])
     for name, rows in ("train", train_rows(random.Random(SEED))), ("test", test):
         write(HERE / f"{name}.jsonl", rows)
         print(f"{name}.jsonl: {len(rows)} rows, {sum(row['label'] for row in rows)} of them acceptable")
-    if "--rows-only" not in sys.argv[1:]:
+    if not options.rows_only:
         make_base()
 
 
