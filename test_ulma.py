@@ -883,6 +883,16 @@ def test_a_model_that_the_last_step_broke_is_named_too(run, capsys):
     assert "--learning-rate" in error_of(capsys, run, "--learning-rate", 1e30)
 
 
+def test_a_finished_run_is_evaluated_from_any_folder_and_a_foreign_record_does_not_matter(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(HERE)
+    _, out = run("--learning-rate", 1e-3, "--model", "data/base")
+    monkeypatch.chdir(tmp_path)
+    assert run("--eval-only", "--model", out)[0]["eval"]["reward_auc"] != 0.5
+    for record in ("{", "[]", '{"options": "x"}'):
+        (out / "metrics.json").write_text(record)
+        assert run("--eval-only", "--model", out)[0]["eval"]["reward_auc"] == 0.5
+
+
 def test_an_output_folder_with_files_in_it_is_never_overwritten(run, tmp_path, capsys):
     write(tmp_path / "kept.jsonl", [point(1)])
     assert str(tmp_path) in error_of(capsys, run, "--output-dir", tmp_path)
@@ -1118,9 +1128,23 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_says_how_to_go_on(stopped,
     assert all(torch.equal(value, never[name]) for name, value in weights(stopped).items())
 
 
+def test_a_checkpoint_is_never_overwritten_by_a_model_that_broke(run, capsys, monkeypatch, tmp_path):
+    clip, calls = torch.nn.utils.clip_grad_norm_, []
+
+    def broken(parameters, bound):
+        calls.append(0)
+        return clip(parameters, bound) * (math.nan if len(calls) == 4 else 1)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", broken)
+    message = error_of(capsys, run, "--save-steps", 2, "--output-dir", tmp_path / "out")
+    assert "step 4, the gradient" in message
+    assert [path.name for path in (tmp_path / "out").glob("*checkpoint*")] == ["checkpoint-2"]
+
+
 def test_a_half_written_checkpoint_is_never_taken_for_a_whole_one(stopped):
     (stopped / "partial-checkpoint").mkdir()
     (stopped / "partial-checkpoint" / "0.pt").write_bytes(b"half")
+    (stopped / "checkpoint-2-backup").mkdir()
     assert ulma.load_checkpoint(stopped, torch.load(stopped / "checkpoint-2" / "0.pt", weights_only=True)["rows"])["step"] == 2
 
 
