@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read at import: a name that is no folder fails at once
+import datasets
 import tokenizers
 import torch
 import transformers
@@ -608,6 +609,21 @@ def test_a_data_set_may_have_several_folders_or_configurations(tmp_path):
     assert all("helpful" in r["prompt"] for part in load(tmp_path, data_config="helpful-base") for r in part)
 
 
+def test_a_data_set_from_the_hub_is_read_by_its_configuration_and_folder_and_its_rows_are_numbered(monkeypatch, capsys):
+    def hub(path, name, data_dir):
+        assert (path, name, data_dir) == ("someone/rows", "graded", None)
+        return datasets.DatasetDict({split: datasets.Dataset.from_list([point(i, labels[i]) for i in range(3)])
+                                     for split in ("train", "test")})
+
+    monkeypatch.setattr(ulma, "load_dataset", hub)
+    for labels in ([1, 0, 1], [1, 0, 7]):
+        call = functools.partial(load, "someone/rows", data_config="graded")
+        if labels[2] == 7:
+            assert "someone/rows, train row 3: the label is 7" in error_of(capsys, call)
+        else:
+            assert [[r["label"] for r in part] for part in call()] == [labels, labels]
+
+
 def test_a_row_without_prompt_tokens_is_an_error_that_names_it(capsys):
     rows = [{"prompt": " ", "completion": "20", "where": "row 7", "chat": False}]
     assert "row 7" in error_of(capsys, ulma.tokenize, rows, words(), 9)
@@ -629,7 +645,7 @@ def test_a_malformed_row_stops_the_run_before_the_model_loads_and_is_named(tmp_p
     monkeypatch.setattr(ulma, "load_model", lambda *_: pytest.fail("the model was loaded"))
     path = write(tmp_path / "rows.jsonl", [point(1), point(2), {**point(3), **bad}])
     message = error_of(capsys, ulma.main, ["--data", str(path), "--output-dir", str(tmp_path / "out")])
-    assert f"{path}, train row 3" in message and told in message
+    assert f"{path}, line 3" in message and told in message
     assert not (tmp_path / "out").exists()
 
 
@@ -717,7 +733,7 @@ def test_of_a_mutated_file_every_row_is_read_or_a_line_is_named(tmp_path, capsys
 
 def test_a_transcript_without_an_assistant_turn_is_named(tmp_path, capsys):
     rows = [{"chosen": "\n\nHuman: Hi\n\nAssistant: Hello", "rejected": "Hi"}]
-    assert "train row 1" in error_of(capsys, load, write(tmp_path / "rows.jsonl", rows))
+    assert "line 1" in error_of(capsys, load, write(tmp_path / "rows.jsonl", rows))
 
 
 def test_batches_hold_every_row_once_an_epoch_in_an_order_of_the_seeds_and_alike_in_length():
@@ -876,7 +892,7 @@ def test_eval_only_gives_a_finished_runs_figures_again(run):
 def test_a_loss_that_is_not_finite_stops_the_run_with_the_step_and_the_rows(run, capsys, monkeypatch):
     monkeypatch.setattr(ulma, "method_loss", lambda logps, *_: logps / 0)
     message = error_of(capsys, run)
-    assert "step 1," in message and "train row" in message
+    assert "step 1," in message and ", line " in message
 
 
 def test_a_model_that_the_last_step_broke_is_named_too(run, capsys):

@@ -32,7 +32,7 @@ from typing import Literal, Optional
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from datasets import load_dataset, load_dataset_builder, logging
+from datasets import load_dataset, load_dataset_builder
 from huggingface_hub import HfApi, constants
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -237,56 +237,44 @@ def pointwise_rows(row, where, options, tokenizer):
     return rows
 
 
-def json_lines(path):
-    """(where, row) for the lines of the .jsonl files at or below path; fails at the first that is no JSON object."""
-    for file in [path, *sorted(path.rglob("*"))]:
-        hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-        if hidden or not file.is_file() or not file.name.endswith((".jsonl", ".jsonl.gz")):
-            continue
-        number, row = 1, None
-        try:
-            with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as lines:
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        row = json.loads(line.strip().decode("utf-8-sig"))
-                        check(isinstance(row, dict), f"{file}, line {number}: write one JSON object a line, {{...}}")
-                        yield f"{file}, line {number}", row
-        except (ValueError, RecursionError, OSError, EOFError, zlib.error) as error:
-            fail(f"{file}, line {number}: {str(error).split(': line')[0]}; write one JSON object a line, in UTF-8")
-        check(row, f"{file} holds no rows; write some, or delete it")
+def json_lines(file):
+    """(where, row) for each line of a .jsonl or .jsonl.gz file. The reader of datasets names no line, and dies of some."""
+    number, row = 1, None
+    try:
+        with (gzip.open if file.endswith(".gz") else open)(file, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    row = json.loads(line.strip().decode("utf-8-sig"))
+                    check(isinstance(row, dict), f"{file}, line {number}: write one JSON object a line, {{...}}")
+                    yield f"{file}, line {number}", row
+    except (ValueError, RecursionError, OSError, EOFError, zlib.error) as error:
+        fail(f"{file}, line {number}: {str(error).split(': line')[0]}; write one JSON object a line, in UTF-8")
+    check(row, f"{file} holds no rows; write some, or delete it")
 
 
 def load_rows(options, tokenizer):
     """(training rows, test rows) of --data; without a test split, a seeded tenth of the prompts is held out for it."""
-    path = Path(options.data)
-    source = {"path": "json", "data_files": options.data} if path.is_file() else {
-        "path": options.data, "name": options.data_config or None, "data_dir": options.data_dir or None}
-    for _ in json_lines(path / options.data_dir):  # datasets names no line, and dies of some
-        pass
-    logging.set_verbosity(logging.CRITICAL)  # what goes wrong is told below
+    source = {"path": options.data, "name": options.data_config or None, "data_dir": options.data_dir or None}
     try:
-        if path.exists():  # a split at a time, as their columns may differ; streamed, as the cache misses some edits
+        if os.path.isdir(options.data):
             files = load_dataset_builder(**source).config.data_files
-            found = {name: load_dataset(**{**source, "data_files": files[name]}, split="train", streaming=True)
-                     for name in files}
         else:
-            found = load_dataset(**source)
-        splits = {name: list(found[name]) for name in ("train", "test") if name in found}
+            files = {"train": [options.data]} if os.path.isfile(options.data) else {}
+        splits = {str(name): [line for file in files[name] for line in json_lines(file)] for name in files}
+        for name, split in () if files else load_dataset(**source).items():  # from the hub
+            splits[name] = [(f"{options.data}, {name} row {number}", row) for number, row in enumerate(split, 1)]
     except Exception as error:  # datasets raises many kinds, with the cause inside
-        for where, row in json_lines(path / options.data_dir):
-            pointwise_rows(row, where, options, tokenizer)
         fail(f"--data {options.data} cannot be read: {short(error)}")
     check(splits.keys() & ({"train", "test"} if options.eval_only else {"train"}),
-          f"--data {options.data} has the splits {', '.join(map(str, found))}; it needs `train`, and may have `test`")
+          f"--data {options.data} has the splits {', '.join(splits)}; it needs `train`, and may have `test`")
     rows = {"train": [], "test": []}
-    for name, split in splits.items():
-        columns = {column for row in split for column in row}
+    for name in [name for name in rows if name in splits]:
+        columns = {column for _, row in splits[name] for column in row}
         check(columns >= {"chosen", "rejected"} or columns >= {"prompt"} and columns & {"completion", "response"}
               and columns & {"label", *["score"] * options.continuous},
               f"--data {options.data}, {name}: the columns are {', '.join(sorted(columns))}; needed are prompt, "
               "completion and label (or score, with --continuous), or chosen and rejected")
-        for number, row in enumerate(split, 1):
-            rows[name] += pointwise_rows(row, f"{options.data}, {name} row {number}", options, tokenizer)
+        rows[name] = [r for where, row in splits[name] for r in pointwise_rows(row, where, options, tokenizer)]
     if "test" not in splits:
         prompts = sorted({r["prompt"] for r in rows["train"]})
         held_out = set(random.Random(options.seed).sample(prompts, math.ceil(len(prompts) / 10)))
