@@ -968,12 +968,13 @@ def stand_in(folder, name="llama", tokenizer=None, dtype=torch.float32, **change
     return folder
 
 
-def trains(run, folder, **load):
+def trains(run, folder):
     """The metrics of a run that ends with other, finite weights in float32, which transformers and --eval-only load."""
     results, out = run("--model", folder, "--max-length", 128, "--learning-rate", 1e-3)
     before, after = weights(folder), weights(out)
     assert before.keys() == after.keys() and any(not torch.equal(before[name], after[name]) for name in before)
-    assert all(value.isfinite().all() and value.dtype == torch.float32 for value in after.values())
+    assert all(value.isfinite().all() for value in after.values())
+    assert AutoModelForCausalLM.from_pretrained(out, dtype="auto").dtype == torch.float32
     again, _ = run("--eval-only", "--model", out, "--max-length", 128)
     assert again["eval"]["perplexity"] == pytest.approx(results["after"]["perplexity"])
     return results
@@ -1193,9 +1194,12 @@ several = pytest.mark.skipif(torch.__version__ < "2.7", reason="FSDP2 on the CPU
 
 @several
 @pytest.mark.parametrize("flags", [
-    ("--method", "ulma"), ("--method", "dpo", "--gradient-accumulation", "2", "--gradient-checkpointing")], ids=" ".join)
+    ("--length-normalize",), ("--method", "dpo", "--gradient-accumulation", "2", "--gradient-checkpointing")], ids=" ".join)
 def test_two_processes_give_the_losses_and_weights_of_one_with_the_same_global_batch(small, tmp_path, flags):
-    """97 rows in batches of 2 x 8: the last one holds one row, and one process nothing; of 25 pairs the same."""
+    """97 rows in batches of 2 x 8: the last one holds one row, and one process nothing; of 25 pairs the same.
+
+    Gradients of mean log-probabilities are small: no clipping hides their size.
+    """
     data = tmp_path / "data"
     shutil.copytree(small, data)
     rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]

@@ -705,7 +705,8 @@ def parse(argv):
              "save_steps": -1, "seed": -1}
     for name, bound in least.items():
         value = getattr(options, name)
-        check(bound < value < 2**63, f"--{name.replace('_', '-')} is {value}; write a number over {bound}")
+        check(bound < value < 2**63,
+              f"--{name.replace('_', '-')} is {value}; write a number over {bound} and under 2**63")
     check(options.log_z == "auto" or options.method in ("ulma", "pointwise-dpo"),
           f"--log-z is not in the loss of --method {options.method}; leave it out")
     check(not (options.eval_only and options.save_steps), "--eval-only has nothing to save; leave out --save-steps")
@@ -788,6 +789,7 @@ def run(options, out):
     if options.eval_only:
         if reference:
             score(reference, test_rows, options, "ref_logp", "reference")
+            del reference  # its memory is needed
         results["eval"], generations["eval"] = evaluate(model, tokenizer, test_rows, options, "eval")
     else:
         if not state:
