@@ -508,11 +508,11 @@ def test_bos_stays_when_the_prompt_loses_its_start():
 
 
 @pytest.mark.parametrize("scheme", ["legacy", "first", "always"])
-@pytest.mark.parametrize("completion", [" Sure.", "Sure.", "  Sure.", "\nSure.", "é 漢"])
+@pytest.mark.parametrize("completion", [" Sure.", "Sure.", "  Sure.", "\nSure.", "é 漢", "\tSure."])
 def test_no_space_comes_between_prompt_and_completion_from_a_tokenizer_that_puts_one_before_a_text(scheme, completion):
-    """As Llama 2's do, two ways of which are in use."""
-    pieces = ["<unk>", "<s>", "</s>", "▁", "\n", *(chr(i) for i in range(33, 127)), *(f"<0x{i:02X}>" for i in range(256))]
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE({piece: i for i, piece in enumerate(pieces)}, [],
+    """As Llama 2's do. Where a token spans the line break that is used to avoid it, a space is better than a loss."""
+    pieces = ["<unk>", "<s>", "</s>", "▁", "\n", "\t", "\n\t", *(chr(i) for i in range(33, 127)), *(f"<0x{i:02X}>" for i in range(256))]
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({piece: i for i, piece in enumerate(pieces)}, [("\n", "\t")],
                                                          byte_fallback=True, unk_token="<unk>"))
     if scheme == "legacy":
         prepend, replace = tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")
@@ -524,7 +524,8 @@ def test_no_space_comes_between_prompt_and_completion_from_a_tokenizer_that_puts
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
     row = {"prompt": "Human: Hi\n\nAssistant:", "completion": completion, "where": "row 1", "chat": False}
     ulma.tokenize([row], tokenizer, 99)
-    assert tokenizer.decode(row["input_ids"]) == row["prompt"] + completion + "</s>"
+    space = " " * completion.startswith("\t")
+    assert tokenizer.decode(row["input_ids"]) == row["prompt"] + space + completion + "</s>"
 
 
 CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -564,15 +565,17 @@ def test_a_conversation_goes_through_the_chat_template_of_the_tokenizer(tmp_path
         assert row["input_ids"].count(tokenizer.eos_token_id) == 4
 
 
-def test_a_template_that_writes_bos_gives_it_once_and_one_that_writes_no_eos_gets_it():
-    tokenizer = chat_tokenizer("{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
-                               "{% if add_generation_prompt %}[assistant]{% endif %}", bos_token="<s>", eos_token="</s>")
+@pytest.mark.parametrize("opens", [True, False])
+def test_bos_comes_from_the_template_alone_and_one_that_writes_no_eos_gets_it(opens):
+    template = ("{{ bos_token }}" * opens + "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+                "{% if add_generation_prompt %}[assistant]{% endif %}")
+    tokenizer = chat_tokenizer(template, bos_token="<s>", eos_token="</s>")
     tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
     row = {"prompt": [message("user", "Hi")], "completion": [message("assistant", "Hello")], "label": True}
     rows = ulma.pointwise_rows(row, "row 1", ulma.Options(), tokenizer)
     ulma.tokenize(rows, tokenizer, 512)
-    assert tokenizer.decode(rows[0]["input_ids"]) == "<s>[user]Hi[assistant]Hello</s>"
+    assert tokenizer.decode(rows[0]["input_ids"]) == "<s>" * opens + "[user]Hi[assistant]Hello</s>"
 
 
 @pytest.mark.parametrize("row", [
