@@ -238,7 +238,7 @@ def pointwise_rows(row, where, options, tokenizer):
 
 
 def json_lines(file):
-    """(where, row) for each line of a .jsonl or .jsonl.gz file. The reader of datasets names no line, and dies of some."""
+    """(where, row) for each line of a .jsonl or .jsonl.gz file. What datasets has for it names no line."""
     number, row = 1, None
     try:
         with (gzip.open if file.endswith(".gz") else open)(file, "rb") as lines:
@@ -280,7 +280,7 @@ def load_rows(options, tokenizer):
         held_out = set(random.Random(options.seed).sample(prompts, math.ceil(len(prompts) / 10)))
         rows = {name: [r for r in rows["train"] if (r["prompt"] in held_out) == (name == "test")] for name in rows}
     sizes = {name: len(rows[name]) for name in rows}
-    check(sizes["test"] and (sizes["train"] or options.eval_only), f"--data {options.data} leaves {sizes} rows; add some")
+    check(sizes["test"] and (sizes["train"] or options.eval_only), f"--data {options.data} leaves {sizes} rows; too few")
     return rows["train"], rows["test"]
 
 
@@ -524,7 +524,7 @@ def load_checkpoint(out, rows):
         state = torch.load(folder / f"{RANK}.pt", weights_only=True)
     except Exception:  # a damaged file raises many kinds, some of which advise to trust it
         fail(f"{folder} cannot be read: damaged, or of another kind of machine; delete it to start from the beginning")
-    check(state.get("rows") == rows, f"{folder} is of other rows than --data has now; put those back, or start a new run")
+    check(state.get("rows") == rows, f"{folder} is of other rows than --data has now; put those back, or start anew")
     return state
 
 
@@ -664,7 +664,7 @@ def load_model(name, options, device):
     if PROCESSES == 1:
         model.to(device)
     else:  # FSDP2: each block, then what is left. On CUDA what is gathered for a forward pass is bfloat16.
-        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if device.type == "cuda" else MixedPrecisionPolicy()
+        policy = MixedPrecisionPolicy(*[torch.bfloat16, torch.float32] * (device.type == "cuda"))
         for module in [*next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), model]:
             fully_shard(module, reshard_after_forward=True, mp_policy=policy)
     with torch.no_grad():
@@ -692,11 +692,10 @@ def parse(argv):
     options = Options(**vars(parser.parse_args(argv)))
     if options.resume:
         out, begun = Path(options.resume), load_metrics(Path(options.resume))
-        check(options == Options(resume=options.resume), "--resume takes its options from that run; leave out the others")
-        check(begun["options"], f"--resume {out} holds no run that has begun; name the folder that a run says it saves to")
+        check(options == Options(resume=options.resume), "--resume takes the options of that run; leave out the others")
+        check(begun["options"], f"--resume {out} holds no run that has begun; name a run's output folder")
         check(not begun.keys() & {"after", "eval"}, f"--resume {out}: that run is finished")
-        options = Options(**{**begun["options"], "resume": options.resume})
-        return options, out
+        return Options(**{**begun["options"], "resume": options.resume}), out
     if options.beta is None:  # these defaults are the best of one sweep on data/: see the README
         options.beta = 0.1 if options.continuous else 3.0
     if options.learning_rate is None:
@@ -711,7 +710,8 @@ def parse(argv):
           f"--log-z is not in the loss of --method {options.method}; leave it out")
     check(not (options.eval_only and options.save_steps), "--eval-only has nothing to save; leave out --save-steps")
     if os.path.isfile(options.data):
-        check(options.data.endswith((".jsonl", ".jsonl.gz")), f"--data {options.data} is no .jsonl or .jsonl.gz; convert it")
+        named = options.data.endswith((".jsonl", ".jsonl.gz"))
+        check(named, f"--data {options.data} is no .jsonl or .jsonl.gz file; convert it")
         check(not (options.data_config or options.data_dir), "--data is a file; leave out --data-config and --data-dir")
     kind = "eval" if options.eval_only else options.method
     out = Path(gather([options.output_dir or f"runs/{kind}-{time.strftime('%y%m%d-%H%M%S')}"])[0])
@@ -739,12 +739,12 @@ def load_metrics(folder):
 
 def run(options, out):
     """Data, model, evaluation, training, evaluation. Returns what metrics.json holds."""
-    for kind, name in (("model", options.model), ("dataset", options.data)):
+    for what, name in (("model", options.model), ("dataset", options.data)):
         if not os.path.exists(name) and not constants.HF_HUB_OFFLINE:
             try:  # asks once, where the loaders would go on asking for a minute
-                HfApi().repo_info(name, repo_type=kind, timeout=5)
+                HfApi().repo_info(name, repo_type=what, timeout=5)
             except Exception as error:  # whatever a network does
-                fail(f"{name} is no file or folder, and the hub does not give a {kind} of that name ({short(error)}); "
+                fail(f"{name} is no file or folder, and the hub does not give a {what} of that name ({short(error)}); "
                      "if the hub's cache has it, set HF_HUB_OFFLINE=1")
     tokenizer = load_tokenizer(options.model)
     train_rows, test_rows = load_rows(options, tokenizer)
@@ -776,8 +776,9 @@ def run(options, out):
     reference = load_model(base, options, device) if options.eval_only and base else None
     if RANK == 0:  # a name made of the time may be taken by now
         out.mkdir(parents=True, exist_ok=bool(options.output_dir or options.resume))
-    print(f"{'eval' if options.eval_only else options.method}: β {options.beta:g}, β log Z {options.beta * options.log_z:.3g}, "
-          f"on {device}{f', {PROCESSES} processes' if PROCESSES > 1 else ''}\n"
+    kind = "eval" if options.eval_only else options.method
+    where = f"{PROCESSES} x {device}" if PROCESSES > 1 else device
+    print(f"{kind}: β {options.beta:g}, β log Z {options.beta * options.log_z:.3g}, on {where}\n"
           f"{options.model}: {model.num_parameters():,} parameters\n"
           f"{options.data}: {len(train_rows)} training rows, mean label {mean_label:.3f}; {len(test_rows)} test rows\n"
           f"to be saved to {out}")
@@ -845,7 +846,7 @@ def main(argv=None):
         cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save hides a full disk
         reason, code = f"error: {short(cause)}", 2
         if "out of memory" in reason:
-            fail(f"{reason}; start anew with --gradient-checkpointing, a smaller --batch-size or a smaller --max-length")
+            fail(f"{reason}; start anew with --gradient-checkpointing, a smaller --batch-size or --max-length")
         if not isinstance(cause, OSError) and "No space left" not in reason:
             raise
     shutil.rmtree(out / "partial-checkpoint", ignore_errors=True)
