@@ -227,7 +227,7 @@ def pointwise_rows(row, where, options, tokenizer):
             check(turn, f"{where}: {completion[:40]!r} has no \"\\n\\nAssistant:\"; write it, or a column prompt")
             prompt += turn
         for name, text in (("prompt", prompt), ("completion", completion)):
-            check(isinstance(text, str) and (text or pair and name == "completion"),  # HH-RLHF has empty turns
+            check(isinstance(text, str) and (text or pair and name == "completion"),  # silence may win or lose
                   f"{where}: the {name} is {text!r}; write text that is not empty")
         check(isinstance(label, (bool, int, float)) and 0 <= label <= 1 and (options.continuous or label in (0, 1)),
               f"{where}: the label is {label!r}; write 1 (demonstration or thumbs-up) or 0 (thumbs-down), "
