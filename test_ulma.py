@@ -591,6 +591,20 @@ def test_what_is_no_conversation_is_named(capsys, row):
                                    chat_tokenizer(template))
 
 
+def test_conversations_and_texts_in_one_file_both_get_their_special_tokens(run, tmp_path, monkeypatch):
+    tokenizer, seen = chat_tokenizer(bos_token="<s>"), {}
+    tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+    tiny("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    chat = {"prompt": [message("user", "Hi")], "completion": [message("assistant", "Hello")], "label": 0}
+    write(tmp_path / "data" / "test.jsonl", [point(1), chat, point(2), chat])
+    monkeypatch.setattr(ulma, "evaluate", lambda model, tokenizer, rows, *_: seen.update(rows=rows) or (
+        {"perplexity": None}, {"Hi": {"sampled": [""], "greedy": [""]}}))
+    run("--eval-only", "--model", tmp_path / "model", "--data", tmp_path / "data", "--max-length", 64)
+    assert [r["input_ids"].count(tokenizer.bos_token_id) for r in seen["rows"]] == [1, 0, 1, 0]
+
+
 def test_conversations_need_a_chat_template(capsys):
     row = {"prompt": [message("user", "Hi")], "completion": [message("assistant", "Hello")], "label": 1}
     assert "chat template" in error_of(capsys, ulma.pointwise_rows, row, "row 1", ulma.Options(), base_tokenizer())
@@ -643,7 +657,8 @@ def test_the_response_is_the_completion_and_its_end_of_sequence_token():
 @pytest.mark.parametrize("bad, told", [
     ({"label": 2}, "the label is 2"), ({"label": None}, "the label is None"), ({"label": 0.5}, "--continuous"),
     ({"completion": ""}, "the completion is ''"), ({"prompt": None}, "the prompt is None"),
-    ({"references": "Answer."}, "a list of texts")])
+    ({"references": "Answer."}, "a list of texts"), ({"references": ["\ud800"]}, "a list of texts"),
+    ({"prompt": "half \ud800"}, "Unicode text")])
 def test_a_malformed_row_stops_the_run_before_the_model_loads_and_is_named(tmp_path, capsys, monkeypatch, bad, told):
     monkeypatch.setattr(ulma, "load_model", lambda *_: pytest.fail("the model was loaded"))
     path = write(tmp_path / "rows.jsonl", [point(1), point(2), {**point(3), **bad}])

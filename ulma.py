@@ -8,7 +8,7 @@ of, the data, evaluation, training, the command line.
     python ulma.py --method pointwise-dpo --output-dir runs/first     # another loss
     python ulma.py --eval-only --model runs/first                     # any model folder, a finished run's too
     python ulma.py --resume runs/first                                # an interrupted run goes on
-    python ulma.py --model Qwen/Qwen2.5-0.5B --data Anthropic/hh-rlhf --beta 0.1 --learning-rate 1e-6 --epochs 1
+    python ulma.py --model Qwen/Qwen2.5-0.5B --data Anthropic/hh-rlhf --data-dir harmless-base --beta 0.1 --epochs 1
     torchrun --nproc-per-node 8 ulma.py --model ...                   # the same on eight GPUs
 """
 import gzip
@@ -200,6 +200,10 @@ def render(prompt, completion, tokenizer):
     return start, text + eos + (rest if rest.strip() else "")  # some templates break the line at the end
 
 
+def is_text(value):
+    return isinstance(value, str) and value == value.encode(errors="ignore").decode()  # no half of a surrogate pair
+
+
 def pointwise_rows(row, where, options, tokenizer):
     """The point-wise rows of a row: itself, or the two of a pair (chosen 1, rejected 0); `where` names it in errors.
 
@@ -211,7 +215,7 @@ def pointwise_rows(row, where, options, tokenizer):
     rated = ([(row["chosen"], 1), (row["rejected"], 0)] if pair else
              [(row.get("completion", row.get("response")), label)])
     references, rows = row.get("references") or [], []
-    check(isinstance(references, list) and all(isinstance(text, str) for text in references),
+    check(isinstance(references, list) and all(map(is_text, references)),
           f"{where}: references is {references!r}; write a list of texts")
     for completion, label in rated:
         prompt, chat = row.get("prompt"), isinstance(completion, list)
@@ -227,8 +231,8 @@ def pointwise_rows(row, where, options, tokenizer):
             check(turn, f"{where}: {completion[:40]!r} has no \"\\n\\nAssistant:\"; write it, or a column prompt")
             prompt += turn
         for name, text in (("prompt", prompt), ("completion", completion)):
-            check(isinstance(text, str) and (text or pair and name == "completion"),  # silence may win or lose
-                  f"{where}: the {name} is {text!r}; write text that is not empty")
+            check(is_text(text) and (text or pair and name == "completion"),  # silence may win or lose
+                  f"{where}: the {name} is {text!r}; write Unicode text that is not empty")
         check(isinstance(label, (bool, int, float)) and 0 <= label <= 1 and (options.continuous or label in (0, 1)),
               f"{where}: the label is {label!r}; write 1 (demonstration or thumbs-up) or 0 (thumbs-down), "
               "or with --continuous a score in between")
@@ -254,33 +258,35 @@ def json_lines(file):
 
 def load_rows(options, tokenizer):
     """(training rows, test rows) of --data; without a test split, a seeded tenth of the prompts is held out for it."""
-    source = {"path": options.data, "name": options.data_config or None, "data_dir": options.data_dir or None}
+    source = {"path": options.data, "name": options.data_config, "data_dir": options.data_dir}
     try:
-        if os.path.isdir(options.data):
-            files = load_dataset_builder(**source).config.data_files
-        else:
-            files = {"train": [options.data]} if os.path.isfile(options.data) else {}
-        splits = {str(name): [line for file in files[name] for line in json_lines(file)] for name in files}
-        for name, split in () if files else load_dataset(**source).items():  # from the hub
-            splits[name] = [(f"{options.data}, {name} row {number}", row) for number, row in enumerate(split, 1)]
+        if os.path.exists(options.data):  # the files of each split
+            is_file = os.path.isfile(options.data)
+            found = {"train": [options.data]} if is_file else load_dataset_builder(**source).config.data_files
+            splits = {name: [line for file in found[name] for line in json_lines(file)]
+                      for name in ("train", "test") if name in found}
+        else:  # from the hub, the rows of each split
+            found = load_dataset(**source)
+            splits = {name: [(f"{options.data}, {name} row {number}", row) for number, row in enumerate(found[name], 1)]
+                      for name in ("train", "test") if name in found}
     except Exception as error:  # datasets raises many kinds, with the cause inside
         fail(f"--data {options.data} cannot be read: {short(error)}")
-    check(splits.keys() & ({"train", "test"} if options.eval_only else {"train"}),
-          f"--data {options.data} has the splits {', '.join(splits)}; it needs `train`, and may have `test`")
+    check("train" in splits or options.eval_only and splits,
+          f"--data {options.data} has the splits {', '.join(map(str, found))}; it needs `train`, and may have `test`")
     rows = {"train": [], "test": []}
-    for name in [name for name in rows if name in splits]:
-        columns = {column for _, row in splits[name] for column in row}
+    for name, lines in splits.items():
+        columns = {column for _, row in lines for column in row}
         check(columns >= {"chosen", "rejected"} or columns >= {"prompt"} and columns & {"completion", "response"}
               and columns & {"label", *["score"] * options.continuous},
               f"--data {options.data}, {name}: the columns are {', '.join(sorted(columns))}; needed are prompt, "
               "completion and label (or score, with --continuous), or chosen and rejected")
-        rows[name] = [r for where, row in splits[name] for r in pointwise_rows(row, where, options, tokenizer)]
+        rows[name] = [r for where, row in lines for r in pointwise_rows(row, where, options, tokenizer)]
     if "test" not in splits:
         prompts = sorted({r["prompt"] for r in rows["train"]})
         held_out = set(random.Random(options.seed).sample(prompts, math.ceil(len(prompts) / 10)))
         rows = {name: [r for r in rows["train"] if (r["prompt"] in held_out) == (name == "test")] for name in rows}
     sizes = {name: len(rows[name]) for name in rows}
-    check(sizes["test"] and (sizes["train"] or options.eval_only), f"--data {options.data} leaves {sizes} rows; too few")
+    check(sizes["test"] and (sizes["train"] or options.eval_only), f"--data {options.data}: too few rows, {sizes}")
     return rows["train"], rows["test"]
 
 
@@ -297,7 +303,7 @@ def make_examples(rows, method):
 def tokenize(rows, tokenizer, max_length):
     """Adds input_ids, prompt_length and length to the rows. Prompt and completion apart: no token spans both."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    special = not any(r["chat"] for r in rows)  # a chat template writes them itself
+    special = not rows[0]["chat"]  # a chat template writes them itself; rows are conversations all or none
     prompts = tokenizer([r["prompt"] for r in rows], add_special_tokens=special).input_ids
     completions = tokenizer([r["completion"] for r in rows], add_special_tokens=False).input_ids
     if tokenizer.tokenize("a")[0].startswith("▁"):  # as Llama 2's, puts a space before a text; not behind a line break
@@ -515,9 +521,9 @@ def load_checkpoint(out, rows):
     """The state in the last checkpoint of the run in out; an empty one if there is none."""
     if RANK == 0:
         shutil.rmtree(out / "partial-checkpoint", ignore_errors=True)
-    if not checkpoints(out):
+    *_, folder = None, *checkpoints(out)
+    if not folder:
         return {}
-    folder = checkpoints(out)[-1]
     processes = len(list(folder.iterdir()))
     check(processes == PROCESSES, f"{folder} is of {processes} processes, not {PROCESSES}; start as many")
     try:
@@ -612,8 +618,8 @@ class Options:
     method: Literal["ulma", "pointwise-dpo", "sft", "unlikelihood", "dpo"] = HfArg(default="ulma", help="the loss")
     model: str = HfArg(default="data/base", help="π_ref, where training starts: a folder or a Hugging Face hub name")
     data: str = HfArg(default="data", help="a folder, a .jsonl or .jsonl.gz file, or a hub name")
-    data_config: str = HfArg(default="", help="the configuration of --data, where it has several")
-    data_dir: str = HfArg(default="", help="the folder within --data, where only that is meant")
+    data_config: Optional[str] = HfArg(default=None, help="the configuration of --data, where it has several")
+    data_dir: Optional[str] = HfArg(default=None, help="the folder within --data, where only that is meant")
     output_dir: str = HfArg(default="", help="for the model and its records; if not given, a new folder in runs/")
     beta: Optional[float] = HfArg(default=None, help="β, the strength of the KL regulariser; 3, with --continuous 0.1")
     log_z: str = HfArg(default="auto", help="log Z(x); auto: β log Z = logit(mean label), the mean if --continuous")
@@ -753,11 +759,10 @@ def run(options, out):
     check(options.eval_only or examples and (options.method in ("sft", "dpo") or 0 < mean_label < 1),
           f"--method {options.method} needs {needs.get(options.method, 'positives and negatives')} to train on; "
           f"--data {options.data} has none (its mean label is {mean_label:g})")
-    if options.log_z == "auto":
-        options.log_z = prior_log_z(mean_label, options.beta, options.continuous) if 0 < mean_label < 1 else 0.0
+    auto = prior_log_z(mean_label, options.beta, options.continuous) if 0 < mean_label < 1 else 0.0
     try:
-        options.log_z = float(options.log_z)
-        check(abs(options.beta * options.log_z) < 2**63, f"--log-z {options.log_z} is too much; write a smaller number")
+        options.log_z = auto if options.log_z == "auto" else float(options.log_z)
+        check(abs(options.beta * options.log_z) < 2**63, f"--log-z is {options.log_z}; write auto or a number")
     except ValueError:
         fail(f"--log-z is {options.log_z}; write auto or a number")
 
@@ -767,9 +772,10 @@ def run(options, out):
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)  # same seed, same machine: the same weights
     torch.utils.deterministic.fill_uninitialized_memory = False  # a check that costs time
-    for rows in filter(None, (train_rows, test_rows)):
-        tokenize(rows, tokenizer, options.max_length)
-    model, rows = load_model(options.model, options, device), train_rows + test_rows
+    rows = train_rows + test_rows
+    for chat in {r["chat"] for r in rows}:
+        tokenize([r for r in rows if r["chat"] == chat], tokenizer, options.max_length)
+    model = load_model(options.model, options, device)
     fingerprint = zlib.crc32(json.dumps([[r["prompt"], r["completion"], r["label"]] for r in rows]).encode())
     state = load_checkpoint(out, fingerprint) if options.resume else {}
     base = load_metrics(Path(options.model))["options"].get("model")  # of a finished run: the model it started from
@@ -783,9 +789,8 @@ def run(options, out):
           f"{options.data}: {len(train_rows)} training rows, mean label {mean_label:.3f}; {len(test_rows)} test rows\n"
           f"to be saved to {out}")
 
-    places = {name: os.path.abspath(place) for name, place in asdict(options).items()
-              if name in ("model", "data") and os.path.exists(place)}  # to be found from any folder
-    record = {**asdict(options), **places, "resume": ""}
+    record = {**asdict(options), "resume": ""}
+    record |= {name: os.path.abspath(record[name]) for name in ("model", "data") if os.path.exists(record[name])}
     results, generations = state.get("results", {"options": record}), state.get("generations", {})
     if options.eval_only:
         if reference:
