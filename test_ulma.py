@@ -2,6 +2,7 @@
 
     python -m pytest -q
 """
+import copy
 import functools
 import gzip
 import json
@@ -1058,6 +1059,136 @@ def pickled(folder):
 def test_a_model_that_ulma_cannot_train_is_refused(run, tmp_path, capsys, make, told):
     make(tmp_path / "model")
     assert told in error_of(capsys, run, "--model", tmp_path / "model", "--max-length", 64)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From the option to the weights, through main alone
+
+
+def log_sigma(x):
+    return torch.nn.functional.logsigmoid(torch.as_tensor(x))
+
+
+PAPER = {  # the loss of a row, or of a pair (chosen, rejected), by the paper: Δ is log π_θ − log π_ref, c is β log Z
+    "ulma": lambda logp, d, z, b, c: -logp if z == 1 else -log_sigma(-(b * d + c)),
+    "pointwise-dpo": lambda logp, d, z, b, c: -log_sigma(b * d + c) if z == 1 else -log_sigma(-(b * d + c)),
+    "sft": lambda logp, d, z, b, c: -logp,
+    "unlikelihood": lambda logp, d, z, b, c: -logp if z == 1 else logp,
+    "dpo": lambda chosen, rejected, b: -log_sigma(b * (chosen - rejected)),
+    "ulma --continuous": lambda logp, d, z, b, c: -logp if z == 1 else (z - b * d - c) ** 2,
+    "pointwise-dpo --continuous": lambda logp, d, z, b, c: (z - b * d - c) ** 2}
+RATED = [{"prompt": f"Question {i % 3}?", "completion": f" Answer {i}{' and more' * (i % 4)}.", "label": int(i % 3 == i // 3),
+          "score": [0.0, 0.3, 1.0][(i + i // 3) % 3]} for i in range(10)]
+
+
+@pytest.fixture
+def watched(tmp_path, monkeypatch, run):
+    """watched(flags): for each step (weights, gradient as main gives it to clip_grad_norm_), the start, log, results."""
+    folder = stand_in(tmp_path / "model")
+    write(tmp_path / "data" / "train.jsonl", RATED)
+    write(tmp_path / "data" / "test.jsonl", [{**r, "references": [r["completion"]]} for r in RATED[:3]])
+    clip, steps = torch.nn.utils.clip_grad_norm_, []
+
+    def spy(parameters, bound):
+        parameters = list(parameters)
+        steps.append(([p.detach().clone() for p in parameters], torch.cat([p.grad.flatten() for p in parameters])))
+        return clip(parameters, bound)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
+
+    def call(*flags):
+        results, out = run("--model", folder, "--data", tmp_path / "data", "--max-length", 64, "--epochs", 3,
+                           "--learning-rate", 3e-3, "--batch-size", 4, "--gradient-accumulation", 3, "--beta", 0.7, *flags)
+        log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        return steps, AutoModelForCausalLM.from_pretrained(folder), log, results
+    return call
+
+
+def naive_logp(model, row):
+    """log π(y|x), term by term, of one row without padding."""
+    prompt, tokenizer = base_tokenizer()(row["prompt"]).input_ids, base_tokenizer()
+    ids = torch.tensor(prompt + tokenizer(row["completion"]).input_ids + [tokenizer.eos_token_id])
+    logps = model(input_ids=ids[None]).logits[0].log_softmax(-1)
+    return sum(logps[t - 1, ids[t]] for t in range(len(prompt), len(ids)))
+
+
+def naive_loss(method, model, reference, beta=0.7):
+    """The mean of the paper's loss over all of RATED, and the mean rewards of positives and of negatives."""
+    label = "score" if "continuous" in method else "label"
+    logps = [naive_logp(model, row) for row in RATED]
+    deltas = [logp - naive_logp(reference, row).item() for logp, row in zip(logps, RATED)]
+    mean_label = sum(row[label] for row in RATED) / len(RATED)
+    c = mean_label if "continuous" in method else math.log(mean_label / (1 - mean_label))
+    if method == "dpo":
+        losses = [PAPER[method](deltas[i], deltas[j], beta) for i, w in enumerate(RATED) for j, l in enumerate(RATED)
+                  if w["prompt"] == l["prompt"] and w["label"] > l["label"]]
+    else:
+        losses = [PAPER[method](logp, d, row[label], beta, c) for logp, d, row in zip(logps, deltas, RATED)
+                  if method != "sft" or row["label"] == 1]
+    rewards = [[(beta * d + c).item() for d, row in zip(deltas, RATED) if row["label"] == z] for z in (1, 0)]
+    return sum(losses) / len(losses), [sum(r) / len(r) for r in rewards]
+
+
+@pytest.mark.parametrize("method", PAPER)
+def test_a_steps_gradient_is_that_of_the_mean_of_the_papers_loss(watched, method):
+    steps, model, log, _ = watched("--method", *method.split())
+    reference, losses = copy.deepcopy(model), []
+    assert len(steps) == 3
+    for values, gradient in steps:
+        for parameter, value in zip(model.parameters(), values):
+            parameter.data.copy_(value)
+        loss, rewards = naive_loss(method, model, reference)
+        losses.append((loss.item(), rewards))
+        expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+        assert (gradient - expected).norm() < 1e-3 * expected.norm()
+    assert [line["step"] for line in log] == [3]
+    assert log[0]["loss"] == pytest.approx(sum(loss for loss, _ in losses) / 3, rel=1e-4)
+    if method in ("ulma", "pointwise-dpo"):
+        means = [sum(rewards[i] for _, rewards in losses) / 3 for i in (0, 1)]
+        assert log[0]["reward_negative"] == pytest.approx(means[1], rel=1e-3)
+        assert log[0]["reward_positive"] == (None if method == "ulma" else pytest.approx(means[0], rel=1e-3))
+
+
+def test_after_training_rewards_are_still_measured_against_the_initial_model(watched):
+    steps, reference, _, results = watched("--method", "pointwise-dpo", "--epochs", 6)
+    model = copy.deepcopy(reference)
+    model.load_state_dict(weights(Path(results["options"]["output_dir"])))
+    assert results["before"]["reward_auc"] == 0.5
+    gains = [(naive_logp(model, row) - naive_logp(reference, row)).item() for row in RATED[:3]]
+    wins = [gains[i] > gains[j] for i in range(3) for j in range(3) if RATED[i]["label"] > RATED[j]["label"]]
+    assert results["after"]["reward_auc"] == sum(wins) / len(wins)
+
+
+def test_pairwise_dpo_raises_chosen_over_rejected(run):
+    assert run("--method", "dpo", "--learning-rate", 1e-3, "--epochs", 3)[0]["after"]["reward_auc"] > 0.6
+
+
+def test_exact_match_counts_the_completions_that_are_references(run, tmp_path, monkeypatch):
+    answers = {"Question 0?": " Yes.", "Question 1?": "Yes. ", "Question 2?": " No."}
+    rows = [{"prompt": p, "completion": " Yes.", "label": i % 2, "references": [" Yes.", " Sure."], "demonstrated": i < 2}
+            for i, p in enumerate(answers)]
+
+    def generate(model, input_ids, **_):
+        prompts = base_tokenizer().batch_decode(input_ids, skip_special_tokens=True)
+        texts = [[answers[p.strip()]] * model.generation_config.num_return_sequences for p in prompts]
+        added = base_tokenizer()(sum(texts, []), padding=True, return_tensors="pt").input_ids
+        return torch.cat([input_ids.repeat_interleave(len(texts[0]), 0), added], 1)
+
+    monkeypatch.setattr(transformers.GenerationMixin, "generate", generate)
+    results, _ = run("--eval-only", "--data", write(tmp_path / "test.jsonl", rows).parent)
+    assert dict(ulma.flatten(results["eval"]))["exact_match, sampled, all"] == pytest.approx(2 / 3)
+    assert dict(ulma.flatten(results["eval"]))["exact_match, sampled, demonstrated"] == 1
+    assert dict(ulma.flatten(results["eval"]))["exact_match, sampled, undemonstrated"] == 0
+
+
+def test_the_losses_are_those_of_the_authors_code():
+    """On negatives −log σ(−βΔ − c), on positives −log σ(βΔ + c) or −log π; c, the constant, is β log Z here."""
+    logps, ref_logps, labels = draw()
+    c, b = -0.4, 0.3
+    delta = (logps - ref_logps).detach()
+    negative, positive = -log_sigma(-b * delta - c), -log_sigma(b * delta + c)
+    torch.testing.assert_close(pointwise_dpo_loss(logps, ref_logps, labels, b, c / b), torch.where(labels == 1, positive, negative))
+    torch.testing.assert_close(ulma_loss(logps, ref_logps, labels, b, c / b), torch.where(labels == 1, -logps, negative))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
