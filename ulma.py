@@ -1,56 +1,43 @@
 # SPDX-License-Identifier: MIT
 """ULMA: Unified Language Model Alignment with Human Demonstration and Point-wise Preference, in one file.
 
-Cai et al., arXiv 2312.02554. To be read beside the paper, in its order: the losses, the log-probabilities they are made
-of, the data, evaluation, training, the command line.
+Cai et al., arXiv 2312.02554, to be read with the paper in the other window. The first half is the paper, in its order;
+below a line that says so comes what any such program needs: data, processes, models, checkpoints, options. --help lists
+the options. With --save-steps, an interrupted run goes on when the same command is given again.
 
-    python ulma.py --method ulma                                      # on data/, offline, in under a minute
-    python ulma.py --method pointwise-dpo --output-dir runs/first     # another loss
-    python ulma.py --eval-only --model runs/first                     # any model folder, a finished run's too
-    python ulma.py --resume runs/first                                # an interrupted run goes on
-    python ulma.py --model Qwen/Qwen2.5-0.5B --data Anthropic/hh-rlhf --data-dir harmless-base --beta 0.1 --epochs 1
-    torchrun --nproc-per-node 8 ulma.py --model ...                   # the same on eight GPUs
+    python ulma.py --method ulma                                          # on data/, offline, in under a minute
+    python ulma.py --method pointwise-dpo --output-dir runs/first         # another loss
+    python ulma.py --eval-only --model runs/first --reference data/base   # any model, against any reference
+    python ulma.py --model Qwen/Qwen2.5-0.5B --data Anthropic/hh-rlhf --data-dir harmless-base
+    torchrun --nproc-per-node 8 ulma.py --model ... --data ...            # the same on eight GPUs
 """
-import gzip
-import json
-import math
-import os
-import random
-import shutil
-import signal
-import sys
-import time
-import zlib
+import json, math, os, random, shutil, sys, tempfile, time
 from collections import defaultdict
-from contextlib import nullcontext, redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass
-from datetime import timedelta
-from itertools import islice, product
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Optional
 
+import datasets
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from datasets import load_dataset, load_dataset_builder
-from huggingface_hub import HfApi, constants
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser,
-                          get_cosine_schedule_with_warmup)
-from transformers.hf_argparser import HfArg
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
+from transformers.hf_argparser import HfArg, HfArgumentParser
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The losses: pure functions of tensors, unreduced. logps is log π_θ(y|x), ref_logps log π_ref(y|x), in nats, labels z.
+# ---- Losses ---------------------------------------------------------------------------------------------------------
+# Pure functions of tensors, unreduced. logps is log π_θ(y|x), ref_logps log π_ref(y|x), in nats, labels z.
 # All have one shape, usually (B,), an element for a response; spans or tokens do as well. They need torch alone.
 
 
 def implicit_reward(logps, ref_logps, beta=0.1, log_z=0.0):
-    """r_θ(x,y) = β (log π_θ(y|x) − log π_ref(y|x) + log Z(x)): the reward that π_θ is optimal for, in nats.
+    """r_θ(x,y) = β (log π_θ(y|x) − log π_ref(y|x) + log Z(x)), in units of reward.
 
-    log_z is log Z(x): a number, or a tensor that broadcasts, such as one value a row: (B,), or (B, 1) over tokens.
+    With the true log Z(x) it is the reward that π_θ is optimal for. log_z is a number, or a tensor that broadcasts,
+    such as one value a row: (B,), or (B, 1) over tokens.
     """
     return beta * (logps - ref_logps + log_z)
 
@@ -65,7 +52,8 @@ def pointwise_dpo_loss(logps, ref_logps, labels, beta=0.1, log_z=0.0, continuous
 
     labels may be bool, int or float; they are 0 or 1 for the binary loss, any real number for the continuous one.
     """
-    reward, z = implicit_reward(logps, ref_logps, beta, log_z), labels.to(logps.dtype)
+    reward = implicit_reward(logps, ref_logps, beta, log_z)
+    z = labels.to(logps.dtype)
     if continuous:
         return (z - reward) ** 2
     return F.binary_cross_entropy_with_logits(reward, z, reduction="none")
@@ -74,7 +62,8 @@ def pointwise_dpo_loss(logps, ref_logps, labels, beta=0.1, log_z=0.0, continuous
 def ulma_loss(logps, ref_logps, labels, beta=0.1, log_z=0.0, continuous=False):
     """ULMA: SFT where z = 1, point-wise DPO elsewhere.
 
-    Where labels == 1 the loss does not depend on ref_logps: any finite number will do there.
+    Where labels == 1 the loss does not depend on ref_logps: any finite number will do there. A binary label strictly
+    between 0 and 1 is not mixed with SFT: it gets point-wise DPO's cross-entropy.
     """
     preference = pointwise_dpo_loss(logps, ref_logps, labels, beta, log_z, continuous)
     return torch.where(labels == 1, sft_loss(logps), preference)
@@ -83,10 +72,13 @@ def ulma_loss(logps, ref_logps, labels, beta=0.1, log_z=0.0, continuous=False):
 def prior_log_z(mean_label, beta=0.1, continuous=False):
     """A log Z(x) for when the true one is unknown: the one that makes r_θ predict the mean label where π_θ = π_ref.
 
-    So β log Z = logit(mean label), and the mean label itself for the continuous loss: the intercept of a regression
-    of z on the log-ratio, whose slope starts at zero. 0, the paper's setting, on balanced binary labels.
+    So β log Z = logit(mean label), or the mean label for the continuous loss: the intercept of a regression of z on the
+    log-ratio, which is 0 on every row at the start. On balanced binary labels it is 0, as in the authors' code. Derived
+    for point-wise DPO; ULMA, whose preference term sees no positives, borrows it.
     """
-    return (mean_label if continuous else math.log(mean_label / (1 - mean_label))) / beta
+    if continuous:
+        return mean_label / beta
+    return math.log(mean_label / (1 - mean_label)) / beta
 
 
 def unlikelihood_loss(logps, labels):
@@ -96,772 +88,560 @@ def unlikelihood_loss(logps, labels):
 
 def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=0.1):
     """Pair-wise DPO, a baseline (Rafailov et al. 2023): −log σ(r_θ(x,y_w) − r_θ(x,y_l)), in which log Z(x) cancels."""
-    chosen, rejected = (implicit_reward(chosen_logps, ref_chosen_logps, beta),
-                        implicit_reward(rejected_logps, ref_rejected_logps, beta))
+    chosen = implicit_reward(chosen_logps, ref_chosen_logps, beta)
+    rejected = implicit_reward(rejected_logps, ref_rejected_logps, beta)
     return -F.logsigmoid(chosen - rejected)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Log-probabilities
-
-
-def response_logps(model, input_ids, attention_mask, response_mask):
+# ---- Log-probabilities ----------------------------------------------------------------------------------------------
+def response_logps(model, input_ids, response_mask):
     """log π(y|x) = Σ_t log π(y_t | x, y_<t) over each row's response tokens: (B,), float32, nats.
 
-    input_ids, attention_mask, response_mask are (B, T). response_mask is 1 on the response, its end-of-sequence token
-    included; a row without a response gives 0, and the very first token of a row, which nothing predicts, is not
-    counted. Padding may be on either side; attention_mask may be None where it is on the right. The model is any
-    decoder-only model of transformers: its own forward runs, so logits are scaled or capped as it does.
+    input_ids and response_mask are (B, T), padded on the right, where a causal model never looks. response_mask is true
+    on the tokens that count, the end of sequence among them, and never on a row's first, which nothing predicts; a row
+    with none gives 0. The model is any decoder-only one of transformers: its own forward scales or caps the logits.
     """
-    if attention_mask is not None:  # padding goes to the right, where a causal model never looks
-        order = attention_mask.int().argsort(dim=1, descending=True, stable=True)
-        input_ids, response_mask = input_ids.gather(1, order), response_mask.gather(1, order)
-    # The logits at t predict token t + 1. A mask left on the CPU saves waiting for the GPU here.
-    at = F.pad(response_mask[:, 1:], (0, 1)).flatten().nonzero().squeeze(1).to(input_ids.device, non_blocking=True)
-    head = getattr(model, "module", model).get_output_embeddings()
+    # The logits at t predict token t + 1. With a mask that is on the CPU nothing here waits for the GPU.
+    row, at = response_mask[:, 1:].nonzero().to(input_ids.device, non_blocking=True).T
     # Most of the memory goes into logits: let the output head see only the N positions that count.
-    hook = head.register_forward_pre_hook(lambda _, args: (args[0].flatten(0, 1)[at].unsqueeze(0),))
+    head = getattr(model, "module", model).get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda module, args: args[0][row, at].unsqueeze(0))
     try:
         logits = model(input_ids=input_ids, use_cache=False).logits.squeeze(0)  # (N, V)
     finally:
         hook.remove()
-    token_logps = -F.cross_entropy(logits.float(), input_ids.flatten()[at + 1], reduction="none")
-    return token_logps.new_zeros(input_ids.numel()).scatter(0, at, token_logps).view_as(input_ids).sum(1)
+    token_logps = -F.cross_entropy(logits.float(), input_ids[row, at + 1], reduction="none")
+    return token_logps.new_zeros(len(input_ids)).index_add(0, row, token_logps)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Small tools, among them those for several processes, which torchrun starts
-
-RANK = int(os.environ.get("RANK", 0))
-PROCESSES = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
+# ---- Training -------------------------------------------------------------------------------------------------------
+# A Row (see Data) is a rated response: `rated` tells which of its `input_ids` count, `label` is z, and `ref_logp` is
+# log π_ref(y|x), None where no loss reads it. In pair-wise DPO, `rejected` is the Row that it was chosen over.
 
 
-def fail(message):
-    """A user's mistake: one line that names it and the mend, exit code 2."""
-    if RANK:
-        time.sleep(30)  # most often the first process says the same, and its end ends this one
-    tqdm.write(f"ulma.py: error: {message}", file=sys.__stderr__ if RANK else sys.stderr)
-    sys.exit(2)
+def row_losses(model, rows, options):
+    """The loss of --method for each row: (len(rows),). Leaves r_θ in row.reward, for the log."""
+    rated = responses(rows)  # in pair-wise DPO the chosen ones, and behind them the rejected ones
+    logps = batch_logps(model, rated)
+    ref_logps = torch.tensor([row.ref_logp or 0.0 for row in rated]).to(logps.device, non_blocking=True)
+    labels = torch.tensor([row.label for row in rated]).to(logps.device, non_blocking=True)
+    for row, reward in zip(rated, implicit_reward(logps.detach(), ref_logps, options.beta, options.log_z)):
+        row.reward = reward
+
+    if options.method == "sft":
+        return sft_loss(logps)
+    if options.method == "unlikelihood":
+        return unlikelihood_loss(logps, labels)
+    if options.method == "dpo":
+        chosen, rejected = logps.chunk(2)
+        ref_chosen, ref_rejected = ref_logps.chunk(2)
+        return dpo_loss(chosen, rejected, ref_chosen, ref_rejected, options.beta)
+    loss = pointwise_dpo_loss if options.method == "pointwise-dpo" else ulma_loss
+    return loss(logps, ref_logps, labels, options.beta, options.log_z, options.continuous)
 
 
-def check(right, message):
-    if not right:
-        fail(message)
+def train(model, rows, options, out):
+    """Minimises the mean of row_losses, from the checkpoint in `out` on, if any. Returns figures for metrics.json."""
+    rng = random.Random(options.seed)
+    plan = []  # all steps, each a list of batches
+    for _ in range(options.epochs):
+        plan += chunks(bucketed_batches(rows, options.batch_size * WORLD, rng), options.gradient_accumulation)
+    optimizer = torch.optim.AdamW(model.parameters(), options.learning_rate, weight_decay=0.0, fused=True)
+    schedule = get_cosine_schedule_with_warmup(optimizer, len(plan) // 10, len(plan))
+    state = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    done, log = load_checkpoint(out, state, len(plan))
+    total_loss, seen, logged = 0.0, [], done  # since the last line of the log, which was at step `logged`
+    samples, tokens, start = 0, 0, time.perf_counter()
+    model.train()  # with dropout at 0 (see load_model), so that π_θ starts at π_ref
+
+    for step, batches in enumerate(tqdm(plan[done:], "train", len(plan), initial=done, unit="step"), done + 1):
+        size = sum(len(batch) for batch in batches)
+        for batch in batches:
+            mine, weights = share(batch)
+            losses = row_losses(model, mine, options) * weights.to(model.device, non_blocking=True)
+            loss = losses.sum() / size  # so that batches and processes add up to the mean over the step
+            (loss * WORLD).backward()  # FSDP takes the mean over the processes
+            total_loss += loss.detach()
+            samples += len(responses(batch))
+            tokens += sum(len(row.input_ids) for row in responses(batch))
+            real = responses(mine[:int(weights.sum())])
+            seen += [(row.label, row.reward) for row in real if row.ref_logp is not None]
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        line = {"step": step, "learning_rate": schedule.get_last_lr()[0]}
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+
+        saves = options.save_steps > 0 and (step % options.save_steps == 0 or step == len(plan))
+        if saves or step % 10 == 0 or step == len(plan):  # the only wait for the GPU
+            line["loss"] = sum(gather([total_loss.item()])) / (step - logged)
+            line["reward_positive"] = mean(gather([reward.item() for label, reward in seen if label > 0.5]))
+            line["reward_negative"] = mean(gather([reward.item() for label, reward in seen if label <= 0.5]))
+            line["gradient_norm"] = (norm.full_tensor() if WORLD > 1 else norm).item()
+            line["tokens_per_second"] = tokens / (time.perf_counter() - start)
+            check(math.isfinite(line["loss"] + line["gradient_norm"]),
+                  f"the loss or its gradient is not finite at step {step}; try a lower --learning-rate")
+            total_loss, seen, logged = 0.0, [], step
+            log.append(line)
+            write(out / "log.jsonl", [json.dumps(line) for line in log])
+        if saves:
+            save_checkpoint(out, state, {"step": step, "steps": len(plan), "log": log})
+    seconds = time.perf_counter() - start
+    return {"from_step": done, "samples": samples, "tokens": tokens, "seconds": seconds,
+            "samples_per_second": samples / seconds, "peak_memory_bytes": torch.cuda.max_memory_allocated() or None}
 
 
-def short(error):
-    """What the innermost exception says, on one line."""
-    return " ".join(f"{error.__cause__ or error}".split())[:300] or type(error.__cause__ or error).__name__
+# ---- Evaluation -----------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def sample(model, tokenizer, rows, options, title):
+    """Draws completions of the rows' prompts at temperature 1, that is from π_θ itself: lists in row.samples[title]."""
+    lengths = [len(ids) for row in rows if row.references for ids in tokenizer(row.references).input_ids]
+    new_tokens = min(max(lengths, default=62) + 2, options.max_length // 2)
+    torch.manual_seed(options.seed + RANK)
+    rows = sorted(rows, key=lambda row: row.prompt_length, reverse=True)
+    for batch in tqdm(chunks(rows, 8 * options.batch_size * WORLD), f"{title}: generation", unit="batch"):
+        prompts = [row.input_ids[:row.prompt_length][new_tokens - options.max_length:] for row in share(batch)[0]]
+        inputs = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
+        output = model.generate(
+            **inputs, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0,  # not its own defaults
+            num_return_sequences=SAMPLES, max_new_tokens=new_tokens, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id, synced_gpus=WORLD > 1)
+        texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+        for row, completions in zip(batch, gather(chunks(texts, SAMPLES))):
+            row.samples[title] = completions
 
 
-def mean(values):
-    """Of numbers; None of none."""
-    values = list(values)
-    return sum(values) / len(values) if values else None
+def concordance(scores, labels):
+    """P(score_i > score_j | label_i > label_j), ties ½: for labels 0 and 1 the ROC AUC. None without such a pair."""
+    wins, pairs = 0.0, 0
+    for score, label in zip(scores, labels):
+        lower = scores[labels < label]
+        wins += ((score > lower).sum() + (score == lower).sum() / 2).item()
+        pairs += len(lower)
+    return wins / pairs if pairs else None
+
+
+def evaluate(model, tokenizer, rows, options, title):
+    """Metrics of the test rows, None where there is nothing to compute one of: perplexity of demonstrations, a token;
+    reward AUC, the concordance of r_θ with the labels; exact match, the share of completions drawn that are among the
+    references, of all prompts and of each group."""
+    compute_logps(model, rows, options, "logp")
+    demonstrations = [row for row in rows if row.label == 1]
+    nats, tokens = -sum(row.logp for row in demonstrations), sum(row.rated.sum().item() for row in demonstrations)
+    metrics = {"perplexity": math.exp(min(nats / tokens, 700)) if tokens else None}  # more than that overflows
+
+    if title == "before" and not options.reference:  # the model still is the reference
+        for row in rows:
+            row.ref_logp = row.logp
+    rated = [row for row in rows if row.ref_logp is not None]
+    log_ratios = torch.tensor([row.logp - row.ref_logp for row in rated])  # in the order of r_θ, whatever β and log Z
+    metrics["reward_auc"] = concordance(log_ratios, torch.tensor([row.label for row in rated]))
+
+    asked = list({row.prompt: row for row in rows}.values())
+    with_references = [row for row in asked if row.references]
+    sample(model, tokenizer, with_references or asked[:SAMPLES], options, title)
+    hits = defaultdict(list, exact_match=[])
+    for row in with_references:
+        references = [text.strip() for text in row.references]
+        found = [text.strip() in references for text in row.samples[title]]
+        hits["exact_match"] += found
+        if row.group:
+            hits[f"exact_match/{row.group}"] += found
+    return metrics | {name: mean(values) for name, values in hits.items()}
+
+
+def report(results, rows):
+    """Prints the metrics of each evaluation, {title: metrics}, as a table, and some completions side by side."""
+    print("\n" + " " * 28 + "".join(f"{title:>8}" for title in results))
+    for name in list(results.values())[0]:
+        values = [metrics[name] for metrics in results.values()]
+        print(f"{name:28}" + "".join("     n/a" if value is None else f"{value:8.3f}" for value in values))
+    sampled = [row for row in rows if row.samples]
+    for row in sampled[::math.ceil(len(sampled) / SAMPLES)]:
+        print("\n" + " ".join(row.prompt.split())[-110:])
+        for title in results:
+            print(f"{title:>8}:  {row.samples[title][0].strip()}")
+
+
+# =====================================================================================================================
+# Here ends what the paper needs. What follows is practice: data, processes and mistakes, models, checkpoints, options.
+
+SAMPLES = 4  # completions of each test prompt that has references, and prompts shown at the end
+EMBEDDED = Path(__file__).resolve().parent / "data"
+RANK = int(os.environ.get("RANK", 0))  # this process among the WORLD that torchrun starts
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+
+# ---- Data -----------------------------------------------------------------------------------------------------------
+@dataclass(eq=False)
+class Row:
+    """A rated response on its way from file to loss."""
+    prompt: str
+    completion: str
+    label: float  # z: a score, with --continuous
+    references: list  # acceptable completions, for exact match
+    group: Optional[str]  # exact match is told apart by it
+    input_ids: Optional[torch.Tensor] = None  # (T,), prompt and response
+    rated: Optional[torch.Tensor] = None  # (T,), bool, the tokens that count in log π(y|x): the row's response mask
+    prompt_length: int = 0  # in tokens
+    logp: Optional[float] = None  # log π_θ(y|x) at the last evaluation
+    ref_logp: Optional[float] = None  # log π_ref(y|x)
+    reward: Optional[torch.Tensor] = None  # r_θ(x,y) at the last training step
+    rejected: Optional["Row"] = None  # in pair-wise DPO
+    samples: dict = field(default_factory=dict)  # completions drawn, by evaluation
+
+
+def responses(rows):
+    """The rows and, in pair-wise DPO, behind them their rejected ones."""
+    return rows + [row.rejected for row in rows if row.rejected is not None]
 
 
 def chunks(items, size):
     return [items[i:i + size] for i in range(0, len(items), size)]
 
 
-def share(items):
-    """What falls to this process, perhaps nothing: the shares of all processes, in order, are the items."""
-    size = math.ceil(len(items) / PROCESSES)
-    return items[RANK * size:(RANK + 1) * size]
+def mean(values):
+    return sum(values) / len(values) if values else None
+
+
+def parse(record, options, tokenizer):
+    """Yields the rows of a record: one, or the two of a pair, of which chosen has label 1 and rejected 0.
+
+    Messages go through the chat template. A pair without `prompt` is two conversations, prompted by all but the last
+    message, or as in HH-RLHF two transcripts, prompted by what ends at the last "\\n\\nAssistant:".
+    """
+    pair = {"chosen", "rejected"} <= record.keys()
+    label = "score" if options.continuous and "score" in record else "label"
+    check(pair or {"prompt", "completion", label} <= record.keys(), f"the columns are {', '.join(record)}; needed are "
+          "prompt, completion and label (or, with --continuous, score), or chosen and rejected")
+    rated = [(record["chosen"], 1), (record["rejected"], 0)] if pair else [(record["completion"], record[label])]
+    for completion, z in rated:
+        prompt = record.get("prompt")
+        if isinstance(completion, list):
+            if prompt is None:
+                prompt, completion = completion[:-1], completion[-1:]
+            opening = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+            whole = tokenizer.apply_chat_template(prompt + completion, tokenize=False)
+            prompt = os.path.commonprefix([opening, whole])
+            completion = whole[len(prompt):].rstrip()  # some templates break the line at the end
+        elif pair and prompt is None:
+            opening, turn, completion = completion.rpartition("\n\nAssistant:")
+            prompt = opening + turn
+        check(prompt, "no prompt; write one, or transcripts in which \\n\\nAssistant: ends it")
+        check(completion or (pair and completion is not None), "no completion; write one")
+        check(z in (0, 1) or (options.continuous and 0 < z < 1), f"the label is {z!r}; write 1 (a demonstration or "
+              "thumbs-up) or 0 (a thumbs-down), or with --continuous a score from 0 to 1")
+        yield Row(prompt, completion, float(z), record.get("references") or [], record.get("group"))
+
+
+def tokenize(rows, tokenizer, max_length):
+    """Sets input_ids, rated and prompt_length. Too long: prompts lose their start, but not BOS, responses their end.
+
+    A prompt's tokens are those it shares with prompt + completion: one that spans the boundary is the response's.
+    """
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    prompts = tokenizer([row.prompt for row in rows]).input_ids
+    wholes = tokenizer([row.prompt + row.completion for row in rows]).input_ids
+    for row, prompt, whole in zip(rows, prompts, wholes):
+        while whole[-1:] == [eos]:
+            whole.pop()
+        shared = len(os.path.commonprefix([prompt, whole]))
+        check(shared, f"the prompt {row.prompt[:60]!r} has no token of its own; write a longer one")
+        start = 1 if whole[:2] == [bos, bos] else 0  # a chat template writes its own
+        prompt, response = whole[start:shared], whole[shared:] + [eos]  # so that the model learns to stop
+        room = max(max_length - len(response), max_length // 2)  # each keeps at least half
+        kept = 1 if prompt[0] == bos else 0
+        prompt = prompt[:kept] + prompt[kept + max(len(prompt) - room, 0):]
+        row.prompt_length = len(prompt)
+        row.input_ids = torch.tensor((prompt + response)[:max_length])
+        row.rated = torch.arange(len(row.input_ids)) >= row.prompt_length
+
+
+def load_rows(options, tokenizer):
+    """(training rows, test rows) of --data; without a test split a seeded tenth of the prompts is held out for it."""
+    source = {"path": options.data, "name": options.data_config, "data_dir": options.data_dir}
+    with naming(f"--data {options.data} cannot be read (rows count from 0)"), tempfile.TemporaryDirectory() as cache:
+        if os.path.isfile(options.data):
+            source = {"path": cache, "data_files": {"train": os.path.abspath(options.data)}}
+        if os.path.exists(options.data):
+            files = datasets.load_dataset_builder(**source)
+            splits = {split: datasets.load_dataset(files.name, data_files=names, split="train", cache_dir=cache,
+                                                   keep_in_memory=True)  # one at a time: their columns may differ
+                      for split, names in files.config.data_files.items()}
+        else:
+            splits = datasets.load_dataset(**source)  # from the hub
+        check("train" in splits or (options.eval_only and "test" in splits), f"no train among {[*map(str, splits)]}")
+    rows = {"train": [], "test": []}
+    for split in rows:
+        for number, record in enumerate(splits.get(split, []), 1):
+            with naming(f"--data {options.data}, {split} row {number}"):
+                rows[split] += parse(record, options, tokenizer)
+    tokenize(rows["train"] + rows["test"], tokenizer, options.max_length)
+    if "test" not in splits:
+        prompts = sorted({row.prompt for row in rows["train"]})
+        held_out = set(random.Random(options.seed).sample(prompts, math.ceil(len(prompts) / 10)))
+        rows["test"] = [row for row in rows["train"] if row.prompt in held_out]
+        rows["train"] = [row for row in rows["train"] if row.prompt not in held_out]
+    return rows["train"], rows["test"]
+
+
+def training_rows(rows, method):
+    """The rows that the method trains on; in pair-wise DPO every positive, with every negative of its prompt."""
+    positives = [row for row in rows if row.label == 1]
+    negatives = defaultdict(list)
+    for row in rows:
+        if row.label != 1:
+            negatives[row.prompt].append(row)
+    if method == "dpo":
+        return [replace(row, rejected=rejected) for row in positives for rejected in negatives[row.prompt]]
+    return positives if method == "sft" else rows
+
+
+def bucketed_batches(rows, batch_size, rng):
+    """Batches of rows of like length, little of them padding: shuffle, sort in windows of 50 batches, shuffle."""
+    batches = []
+    for window in chunks(rng.sample(rows, len(rows)), 50 * batch_size):
+        window.sort(key=lambda row: max(len(response.input_ids) for response in responses([row])))
+        batches += chunks(window, batch_size)
+    return rng.sample(batches, len(batches))
+
+
+def batch_logps(model, rows):
+    """log π_θ(y|x) of rows: (len(rows),), on the model's device."""
+    input_ids = torch.nn.utils.rnn.pad_sequence([row.input_ids for row in rows], batch_first=True)
+    response_mask = torch.nn.utils.rnn.pad_sequence([row.rated for row in rows], batch_first=True)
+    return response_logps(model, input_ids.to(model.device, non_blocking=True), response_mask)
+
+
+@torch.no_grad()
+def compute_logps(model, rows, options, name):
+    """Sets row.logp, or row.ref_logp, by `name`. Longest rows first: what does not fit in memory fails at once."""
+    model.eval()
+    rows = sorted(rows, key=lambda row: len(row.input_ids), reverse=True)
+    for batch in tqdm(chunks(rows, 2 * options.batch_size * WORLD), name, unit="batch"):
+        logps = gather(batch_logps(model, share(batch)[0]).tolist())
+        check(math.isfinite(sum(logps)), "log π(y|x) is not finite; try a lower --learning-rate")
+        for row, logp in zip(batch, logps):
+            setattr(row, name, logp)
+
+
+# ---- Several processes, and mistakes that a user can mend -----------------------------------------------------------
+def share(batch):
+    """This process's rows of the batch, and a weight each: shares are equally long, filled up with rows of weight 0."""
+    size = math.ceil(len(batch) / WORLD)
+    mine = batch[RANK * size:(RANK + 1) * size]
+    missing = size - len(mine)
+    return mine + batch[:1] * missing, torch.tensor([1.0] * len(mine) + [0.0] * missing)
 
 
 def gather(items):
     """The lists of all processes, in order, as one list in each of them; waits for all."""
-    lists = [items] * PROCESSES
-    if PROCESSES > 1:
+    lists = [items] * WORLD
+    if WORLD > 1:
         dist.all_gather_object(lists, items)
     return sum(lists, [])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data
-
-MAX_LOGITS = 2**29  # in one forward pass: 2 GiB in float32, of which training holds a few copies
-
-
-def render(prompt, completion, tokenizer):
-    """Messages, lists of {"role", "content"}, as the texts (prompt, completion) of the tokenizer's chat template."""
-    if not tokenizer.chat_template:
-        raise ValueError("it has none")
-    for message in prompt + completion:
-        if not isinstance(message["role"], str) or not isinstance(message["content"], str):
-            raise TypeError(f"{message} is not two texts")
-    if [*completion, {}][0].get("role") != "assistant":
-        raise ValueError("the completion is not the assistant's")
-    start = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    whole = tokenizer.apply_chat_template(prompt + completion, tokenize=False)
-    start = os.path.commonprefix([start, whole])
-    text, eos, rest = whole[len(start):].rpartition(tokenizer.eos_token)
-    return start, text + eos + (rest if rest.strip() else "")  # some templates break the line at the end
-
-
-def is_text(value):
-    return isinstance(value, str) and value == value.encode(errors="ignore").decode()  # no half of a surrogate pair
-
-
-def pointwise_rows(row, where, options, tokenizer):
-    """The point-wise rows of a row: itself, or the two of a pair (chosen 1, rejected 0); `where` names it in errors.
-
-    A pair without `prompt` is two transcripts, as in HH-RLHF, whose prompt ends at the last "\n\nAssistant:", or two
-    lists of messages, whose prompt ends before the last one.
-    """
-    pair = row.get("chosen") is not None and row.get("rejected") is not None
-    label = row.get("score" if options.continuous and "score" in row else "label")
-    rated = ([(row["chosen"], 1), (row["rejected"], 0)] if pair else
-             [(row.get("completion", row.get("response")), label)])
-    references, rows = row.get("references") or [], []
-    check(isinstance(references, list) and all(map(is_text, references)),
-          f"{where}: references is {references!r}; write a list of texts")
-    for completion, label in rated:
-        prompt, chat = row.get("prompt"), isinstance(completion, list)
-        if chat:
-            try:
-                prompt, turns = (completion[:-1], completion[-1:]) if prompt is None else (prompt, completion)
-                prompt, completion = render(prompt, turns, tokenizer)
-            except Exception as error:  # templates raise what they like
-                fail(f"{where}: prompt and completion are to be messages, lists of role and content, that the chat "
-                     f"template of {options.model} takes: {short(error)}")
-        elif pair and prompt is None:
-            prompt, turn, completion = str(completion).rpartition("\n\nAssistant:")
-            check(turn, f"{where}: {completion[:40]!r} has no \"\\n\\nAssistant:\"; write it, or a column prompt")
-            prompt += turn
-        for name, text in (("prompt", prompt), ("completion", completion)):
-            check(is_text(text) and (text or pair and name == "completion"),  # silence may win or lose
-                  f"{where}: the {name} is {text!r}; write Unicode text that is not empty")
-        check(isinstance(label, (bool, int, float)) and 0 <= label <= 1 and (options.continuous or label in (0, 1)),
-              f"{where}: the label is {label!r}; write 1 (demonstration or thumbs-up) or 0 (thumbs-down), "
-              "or with --continuous a score in between")
-        rows.append({"prompt": prompt, "completion": completion, "label": label, "where": where, "chat": chat,
-                     "references": references, "demonstrated": row.get("demonstrated")})
-    return rows
-
-
-def json_lines(file):
-    """(where, row) for each line of a .jsonl or .jsonl.gz file. What datasets has for it names no line."""
-    number, row = 1, None
-    try:
-        with (gzip.open if file.endswith(".gz") else open)(file, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    row = json.loads(line.strip().decode("utf-8-sig"))
-                    check(isinstance(row, dict), f"{file}, line {number}: write one JSON object a line, {{...}}")
-                    yield f"{file}, line {number}", row
-    except (ValueError, RecursionError, OSError, EOFError, zlib.error) as error:
-        fail(f"{file}, line {number}: {str(error).split(': line')[0]}; write one JSON object a line, in UTF-8")
-    check(row, f"{file} holds no rows; write some, or delete it")
-
-
-def load_rows(options, tokenizer):
-    """(training rows, test rows) of --data; without a test split, a seeded tenth of the prompts is held out for it."""
-    source = {"path": options.data, "name": options.data_config, "data_dir": options.data_dir}
-    try:
-        if os.path.exists(options.data):  # the files of each split
-            is_file = os.path.isfile(options.data)
-            found = {"train": [options.data]} if is_file else load_dataset_builder(**source).config.data_files
-            splits = {name: [line for file in found[name] for line in json_lines(file)]
-                      for name in ("train", "test") if name in found}
-        else:  # from the hub, the rows of each split
-            found = load_dataset(**source)
-            splits = {name: [(f"{options.data}, {name} row {number}", row) for number, row in enumerate(found[name], 1)]
-                      for name in ("train", "test") if name in found}
-    except Exception as error:  # datasets raises many kinds, with the cause inside
-        fail(f"--data {options.data} cannot be read: {short(error)}")
-    check("train" in splits or options.eval_only and splits,
-          f"--data {options.data} has the splits {', '.join(map(str, found))}; it needs `train`, and may have `test`")
-    rows = {"train": [], "test": []}
-    for name, lines in splits.items():
-        columns = {column for _, row in lines for column in row}
-        check(columns >= {"chosen", "rejected"} or columns >= {"prompt"} and columns & {"completion", "response"}
-              and columns & {"label", *["score"] * options.continuous},
-              f"--data {options.data}, {name}: the columns are {', '.join(sorted(columns))}; needed are prompt, "
-              "completion and label (or score, with --continuous), or chosen and rejected")
-        rows[name] = [r for where, row in lines for r in pointwise_rows(row, where, options, tokenizer)]
-    if "test" not in splits:
-        prompts = sorted({r["prompt"] for r in rows["train"]})
-        held_out = set(random.Random(options.seed).sample(prompts, math.ceil(len(prompts) / 10)))
-        rows = {name: [r for r in rows["train"] if (r["prompt"] in held_out) == (name == "test")] for name in rows}
-    sizes = {name: len(rows[name]) for name in rows}
-    check(sizes["test"] and (sizes["train"] or options.eval_only), f"--data {options.data}: too few rows, {sizes}")
-    return rows["train"], rows["test"]
-
-
-def make_examples(rows, method):
-    """What a term of the loss reads: a row; in SFT a demonstration; in DPO a positive and a negative of one prompt."""
-    if method != "dpo":
-        return [(r,) for r in rows if method != "sft" or r["label"] == 1]
-    prompts = {}
-    for r in rows:
-        prompts.setdefault(r["prompt"], {True: [], False: []})[r["label"] == 1].append(r)
-    return [pair for rated in prompts.values() for pair in product(rated[True], rated[False])]
-
-
-def tokenize(rows, tokenizer, max_length):
-    """Adds input_ids, prompt_length and length to the rows. Prompt and completion apart: no token spans both."""
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    special = not rows[0]["chat"]  # a chat template writes them itself; rows are conversations all or none
-    prompts = tokenizer([r["prompt"] for r in rows], add_special_tokens=special).input_ids
-    completions = tokenizer([r["completion"] for r in rows], add_special_tokens=False).input_ids
-    if tokenizer.tokenize("a")[0].startswith("▁"):  # as Llama 2's, puts a space before a text; not behind a line break
-        guard, *guarded = tokenizer(["\n", *("\n" + r["completion"] for r in rows)], add_special_tokens=False).input_ids
-        completions = [g[len(guard):] if g[:len(guard)] == guard else c for g, c in zip(guarded, completions)]
-    for row, prompt, completion in zip(rows, prompts, completions):
-        if special and prompt[-1:] == [eos]:  # some tokenizers close every text
-            prompt = prompt[:-1]
-        if prompt[:2] == [bos, bos]:  # the row brings its own
-            prompt = prompt[1:]
-        check(prompt, f"{row['where']}: the prompt {row['prompt']!r} has no tokens; write one that has some")
-        if completion[-1:] != [eos]:
-            completion = completion + [eos]
-        # Too long: the end of the prompt and the start of the completion stay, each with at least half the room.
-        room = max(max_length - len(completion), max_length // 2)
-        start = prompt[:1] if prompt[0] == bos and room > 1 else []  # what opens every text stays as well
-        prompt = start + prompt[len(start):][len(start) - room:]
-        row["input_ids"], row["prompt_length"] = (prompt + completion)[:max_length], len(prompt)
-        row["length"] = len(row["input_ids"])
-
-
-def bucketed_batches(examples, batch_size, rng):
-    """Batches of examples of like length, little of them padding: shuffle, sort in windows of 50 batches, shuffle."""
-    windows = chunks(rng.sample(examples, len(examples)), 50 * batch_size)
-    batches = [batch for window in windows
-               for batch in chunks(sorted(window, key=lambda e: max(r["length"] for r in e)), batch_size)]
-    return rng.sample(batches, len(batches))
-
-
-def split(batch, model):
-    """The batch in parts of at most MAX_LOGITS logits a process, or of one example: most often a single part."""
-    longest = max(sum(r["length"] - r["prompt_length"] for r in example) for example in batch)
-    size = max(1, MAX_LOGITS // (longest * model.get_output_embeddings().weight.shape[0]))
-    return chunks(batch, size * PROCESSES)
-
-
-def batch_logps(model, rows, options):
-    """log π_θ(y|x) of rows: (len(rows),), on the model's device; a mean over tokens with --length-normalize."""
-    cuda = model.device.type == "cuda"
-    input_ids = pad_sequence([torch.tensor(r["input_ids"]) for r in rows], batch_first=True)
-    response_mask = pad_sequence([torch.arange(r["length"]) >= r["prompt_length"] for r in rows], batch_first=True)
-    input_ids = (input_ids.pin_memory() if cuda else input_ids).to(model.device, non_blocking=True)
-    with torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext():  # the weights stay float32
-        logps = response_logps(model, input_ids, None, response_mask)
-    return logps / response_mask.sum(1).to(logps.device) if options.length_normalize else logps
-
-
-@torch.no_grad()
-def score(model, rows, options, key, title):
-    """Sets row[key], log π(y|x), of every row. Longest first: what does not fit in memory fails at once."""
-    examples = sorted(((row,) for row in rows), key=lambda e: -e[0]["length"])
-    parts = [part for batch in chunks(examples, 2 * options.batch_size * PROCESSES) for part in split(batch, model)]
-    model.eval()
-    for part in tqdm(parts, desc=f"{title}: log-probs", unit="batch", disable=not parts):
-        mine = share(part)
-        logps = batch_logps(model, [row for row, in mine or part[:1]], options).tolist()  # no process may stay away
-        for (row,), logp in zip(part, gather(logps if mine else [])):
-            check(math.isfinite(logp),
-                  f"{row['where']}: log π(y|x) is {logp}: the model is broken; was --learning-rate too high?")
-            row[key] = logp
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Evaluation
-
-SAMPLES, SHOWN = 4, 4  # samples a test prompt with references; prompts to show, and to sample where none has references
-
-
-@torch.no_grad()
-def generate(model, tokenizer, rows, max_new_tokens, samples, options, title):
-    """{prompt: `samples` completions drawn at temperature 1, or, with 0 samples, the greedy one}, of rows' prompts."""
-    own, completions = model.generation_config, {}
-    # Swapped, not passed: a model's own defaults (top-p, repetition penalty) would fill in what is left neutral here.
-    model.generation_config = GenerationConfig(
-        do_sample=samples > 0, num_return_sequences=max(samples, 1), max_new_tokens=max_new_tokens,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **({"top_k": 0} if samples else {}))
-    room = max(1, (getattr(model.config, "max_position_embeddings", None) or sys.maxsize) - max_new_tokens)
-    model.eval()
-    batches = chunks(sorted(rows, key=lambda r: -r["prompt_length"]), 8 * options.batch_size * PROCESSES)
-    for batch in tqdm(batches, desc=f"{title}: generation", unit="batch"):
-        mine = share(batch)
-        prompts = [r["input_ids"][:r["prompt_length"]][-room:] for r in mine or batch[:1]]
-        inputs = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
-        output = model.generate(**inputs, synced_gpus=PROCESSES > 1)[:, inputs["input_ids"].shape[1]:]
-        texts = gather(tokenizer.batch_decode(output, skip_special_tokens=True) if mine else [])
-        completions.update(zip((r["prompt"] for r in batch), chunks(texts, max(samples, 1))))
-    model.generation_config = own
-    return completions
-
-
-def concordance(scores, labels):
-    """P(score_i > score_j | label_i > label_j), ties ½: for labels 0 and 1 the ROC AUC. None without such a pair."""
-    wins = pairs = 0
-    for own, label in zip(scores, labels):
-        lower = scores[labels < label]
-        wins, pairs = wins + ((own > lower).sum() + (own == lower).sum() / 2).item(), pairs + len(lower)
-    return wins / pairs if pairs else None
-
-
-def exact_match(rows, completions):
-    """Shares of the completions that are among the references: of all, of demonstrated and of undemonstrated types."""
-    hits = [(r["demonstrated"], text.strip() in {reference.strip() for reference in r["references"]})
-            for r in rows for text in completions[r["prompt"]]]
-    return {"all": mean(hit for _, hit in hits), "demonstrated": mean(hit for group, hit in hits if group is True),
-            "undemonstrated": mean(hit for group, hit in hits if group is False)}
-
-
-def evaluate(model, tokenizer, rows, options, title):
-    """(metrics, generations). The reference is what row["ref_logp"] says, else the model itself."""
-    score(model, rows, options, "logp", title)
-    for r in rows:
-        r.setdefault("ref_logp", r["logp"])
-    logps, ref_logps, labels, tokens = torch.tensor(
-        [[r["logp"], r["ref_logp"], r["label"], r["length"] - r["prompt_length"]] for r in rows], dtype=torch.float64).T
-    sums = logps * tokens if options.length_normalize else logps
-    nll = -sums[labels == 1].sum() / tokens[labels == 1].sum()  # nats a token of the demonstrations
-    metrics = {"perplexity": nll.exp().item() if nll.exp().isfinite() else None,
-               "reward_auc": concordance(implicit_reward(logps, ref_logps, options.beta), labels)}
-
-    scored = list({r["prompt"]: r for r in rows if r["references"]}.values())
-    shown = scored or list({r["prompt"]: r for r in rows}.values())[:SHOWN]
-    lengths = [len(ids) for r in scored for ids in tokenizer(r["references"]).input_ids]
-    torch.manual_seed(options.seed + RANK)
-    texts = {how: generate(model, tokenizer, shown, max(lengths, default=62) + 2, samples, options, f"{title}, {how}")
-             for how, samples in (("sampled", SAMPLES if scored else 1), ("greedy", 0))}
-    if scored:
-        metrics["exact_match"] = {how: exact_match(scored, texts[how]) for how in texts}
-    return metrics, {r["prompt"]: {how: texts[how][r["prompt"]] for how in texts} for r in shown}
-
-
-def flatten(metrics):
-    """The pairs (name, value) of nested metrics."""
-    for key, value in metrics.items():
-        yield from ((f"{key}, {name}", v) for name, v in flatten(value)) if isinstance(value, dict) else [(key, value)]
-
-
-def report(columns, generations):
-    """Prints {column: metrics} as a table, and a few of the {column: {prompt: generations}}, side by side."""
-    print(f"\n{'':38}" + "".join(f"{column:>8}" for column in columns))
-    for lines in zip(*map(flatten, columns.values())):
-        print(f"{lines[0][0]:38}" + "".join("     n/a" if value is None else f" {value:7.3f}" for _, value in lines))
-    prompts = list(generations[list(columns)[0]])
-    for prompt in prompts[::math.ceil(len(prompts) / SHOWN)]:
-        print("\n" + " ".join(prompt.split())[-110:])
-        for column, texts in generations.items():
-            print(f"{column:>8}:  {texts[prompt]['sampled'][0].strip()}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-
-LOG_EVERY = 10  # steps
-
-
-def reads_reference(row, method):
-    """Whether the row's loss depends on log π_ref: in ULMA not that of demonstrations."""
-    return method in ("pointwise-dpo", "dpo") or method == "ulma" and row["label"] != 1
-
-
-def method_loss(logps, ref_logps, labels, options):
-    """The loss of --method, one value an example; for DPO the positives come first, then the negatives."""
-    if options.method == "sft":
-        return sft_loss(logps)
-    if options.method == "unlikelihood":
-        return unlikelihood_loss(logps, labels)
-    if options.method == "dpo":
-        return dpo_loss(*logps.chunk(2), *ref_logps.chunk(2), options.beta)
-    loss = ulma_loss if options.method == "ulma" else pointwise_dpo_loss
-    return loss(logps, ref_logps, labels, options.beta, options.log_z, options.continuous)
-
-
-def disable_dropout(model):
-    """As in the authors' code, so that π_θ starts at π_ref, in train mode too."""
-    for module in model.modules():
-        for name, value in list(vars(module).items()):
-            if isinstance(value, float) and ("drop" in name or isinstance(module, torch.nn.Dropout)):
-                setattr(module, name, 0.0)
-
-
-def save_model(model, tokenizer, out):
-    """Writes the model, whole again where it is sharded, and its tokenizer, for from_pretrained."""
-    weights = None
-    if PROCESSES > 1:
-        weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-        for name in weights.keys() - {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}:
-            del weights[name]  # a tied weight's second name
-    model.save_pretrained(out, state_dict=weights, is_main_process=RANK == 0)
+def write(path, lines):
+    """Writes the file, all or nothing; of several processes the first does."""
     if RANK == 0:
-        tokenizer.save_pretrained(out)
-    gather([])  # the others wait
+        path.with_suffix(".tmp").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        path.with_suffix(".tmp").replace(path)
 
 
-def checkpoints(out):
-    """The folders out/checkpoint-STEP, in order."""
-    folders = [folder for folder in out.glob("checkpoint-*") if folder.name[11:].isdigit()]
-    return sorted(folders, key=lambda folder: int(folder.name[11:]))
+class Mistake(Exception):
+    """What main tells in one line."""
 
 
-def save_checkpoint(out, state):
-    """Writes out/checkpoint-STEP, a file a process. A rename makes it whole; only then those before are deleted."""
-    partial, before = out / "partial-checkpoint", checkpoints(out)
-    partial.mkdir(exist_ok=True)
-    with open(partial / f"{RANK}.pt", "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    gather([])
-    if RANK == 0:  # all files are there
-        partial.rename(out / f"checkpoint-{state['step']}")
+def check(right, message):
+    if not right:
+        raise Mistake(message)
+
+
+@contextmanager
+def naming(words):
+    """Makes of what is raised inside a Mistake that begins with these words and ends with the innermost cause."""
+    try:
+        yield
+    except Exception as error:
+        while error.__cause__ is not None:
+            error = error.__cause__
+        cause = " ".join(str(error).split()) or type(error).__name__
+        raise Mistake(f"{words}: {cause[:300]}") from None
+
+
+# ---- Models and checkpoints -----------------------------------------------------------------------------------------
+def load_model(name, options, tokenizer):
+    """The model, its weights in float32, from safetensors; sharded over the processes if there are several."""
+    with naming(f"the model {name}"):
+        config = AutoConfig.from_pretrained(name)
+        config.update({key: 0.0 for key, value in config.to_dict().items() if "drop" in key and type(value) is float})
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            name, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+        check(not loading["missing_keys"], f"weights are missing, as {min(loading['missing_keys'], default='')}")
+        size = model.get_input_embeddings().num_embeddings
+        check(len(tokenizer) <= size, f"{len(tokenizer)} tokens, but an embedding of {size}; resize the embedding")
+        longest = getattr(config.get_text_config(), "max_position_embeddings", options.max_length)
+        check(options.max_length <= longest, f"it takes {longest} tokens; give a --max-length up to that")
+        if options.gradient_checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        if WORLD == 1:
+            model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+        else:  # FSDP2: each block, and then what is left
+            policy = MixedPrecisionPolicy(torch.bfloat16 if options.bf16 else None, torch.float32)
+            blocks = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+            for module in [*blocks, model]:
+                fully_shard(module, mp_policy=policy)
+        # Around each forward alone, for autocast keeps bfloat16 copies of the weights, which a step outdates.
+        model.forward = torch.autocast(model.device.type, torch.bfloat16, enabled=options.bf16)(model.forward)
+        with torch.no_grad():
+            first = model.eval()(input_ids=torch.tensor([[1, 0], [1, 2]], device=model.device)).logits[:, 0]
+        check((first[0] - first[1]).abs().max() <= 2e-2 * first.abs().max(),
+              "it sees the tokens to come, as an encoder does; name a decoder-only model")
+    return model
+
+
+def save_checkpoint(out, state, figures):
+    """Writes out/checkpoint-STEP, a file a process. A rename makes it whole; only then the one before is deleted."""
+    partial, before = out / "partial", list(out.glob("checkpoint-*"))
+    with naming(f"{partial} cannot be written; make room, then give the same command again"):
+        partial.mkdir(exist_ok=True)
+        saved = figures | {name: part.state_dict() for name, part in state.items()}
+        torch.save(saved, partial / f"{RANK}-of-{WORLD}.pt")
+    gather([])  # all files are there
+    if RANK == 0:
+        partial.rename(out / f"checkpoint-{figures['step']}")
         for folder in before:
             shutil.rmtree(folder)
 
 
-def load_checkpoint(out, rows):
-    """The state in the last checkpoint of the run in out; an empty one if there is none."""
-    if RANK == 0:
-        shutil.rmtree(out / "partial-checkpoint", ignore_errors=True)
-    *_, folder = None, *checkpoints(out)
-    if not folder:
-        return {}
-    processes = len(list(folder.iterdir()))
-    check(processes == PROCESSES, f"{folder} is of {processes} processes, not {PROCESSES}; start as many")
-    try:
-        state = torch.load(folder / f"{RANK}.pt", weights_only=True)
-    except Exception:  # a damaged file raises many kinds, some of which advise to trust it
-        fail(f"{folder} cannot be read: damaged, or of another kind of machine; delete it to start from the beginning")
-    check(state.get("rows") == rows, f"{folder} is of other rows than --data has now; put those back, or start anew")
-    return state
+def load_checkpoint(out, state, steps):
+    """Restores the state from the checkpoint in out. Returns the steps done, and their log; 0 and [] without one."""
+    folder = max(out.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]), default=None)
+    if folder is None:
+        return 0, []
+    with naming(f"{folder} cannot be used; delete it to begin anew"):
+        saved = torch.load(folder / f"{RANK}-of-{WORLD}.pt", weights_only=True)
+        check(saved["steps"] == steps, f"it is of {saved['steps']} steps, not {steps}: the data has changed")
+        for name, part in state.items():
+            part.load_state_dict(saved[name])
+    return saved["step"], saved["log"]
 
 
-def train(model, examples, options, out, state):
-    """Minimises the mean of method_loss over the examples, in place, from state["step"] on; updates the state.
-
-    Ctrl-C makes it end the step, write a checkpoint and raise KeyboardInterrupt.
-    """
-    cuda = model.device.type == "cuda"
-    optimizer = torch.optim.AdamW(model.parameters(), options.learning_rate, weight_decay=0.0, fused=cuda)
-    global_batch = options.batch_size * PROCESSES
-    steps = options.epochs * math.ceil(len(examples) / global_batch / options.gradient_accumulation)
-    schedule = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
-    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    for name in parts.keys() & state.keys():  # from a checkpoint
-        parts[name].load_state_dict(state.pop(name))
-    for set_state, random_state in zip((torch.set_rng_state, torch.cuda.set_rng_state), state.get("random", [])):
-        set_state(random_state)
-    stop, interrupted, handler = False, [], signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
-    rng, recent, start = random.Random(options.seed), defaultdict(list), time.perf_counter() - state["seconds"]
-    log_file = open(out / "log.jsonl" if RANK == 0 else os.devnull, "w", buffering=1)
-    log_file.writelines(state["log"])
-    progress = tqdm(total=steps, initial=state["step"], desc=f"train: {options.method}", unit="step")
-    model.train(options.gradient_checkpointing)  # which works in train mode only
-    plan = (step for _ in range(options.epochs)
-            for step in chunks(bucketed_batches(examples, global_batch, rng), options.gradient_accumulation))
-    for number, step in islice(enumerate(plan, 1), state["step"], None):  # a resumed run shuffles alike, and skips
-        for part in [part for batch in step for part in split(batch, model)]:
-            mine = share(part)
-            rows = [row for column in zip(*(mine or part[:1])) for row in column]  # of pairs first the positives
-            columns = torch.tensor([[r["label"], r["ref_logp"]] for r in rows])
-            labels, ref_logps = columns.to(model.device, non_blocking=True).T
-            logps = batch_logps(model, rows, options)
-            losses = method_loss(logps, ref_logps, labels, options)
-            weight = PROCESSES if mine else 0  # no process may stay away; FSDP takes the mean over them
-            (losses.sum() * weight / sum(map(len, step))).backward()  # the mean over the step's examples
-            if mine:
-                rewards = implicit_reward(logps, ref_logps, options.beta, options.log_z)
-                recent["where"] += [f"step {number}, {example[0]['where']}" for example in mine]
-                recent["loss"].append(losses.detach())
-                recent["positive"] += [r["label"] > 0.5 if reads_reference(r, options.method) else None for r in rows]
-                recent["reward"].append(rewards.detach())
-            state["tokens"] += sum(r["length"] for example in part for r in example)
-        recent["norm"].append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
-        learning_rate = schedule.get_last_lr()[0]
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        progress.update()
-        stop = bool(gather(interrupted))
-        save = stop or options.save_steps and (number % options.save_steps == 0 or number == steps)
-        if save or number % LOG_EVERY == 0 or number == steps:  # the only wait for the GPU
-            losses, rewards = (gather(list(zip(recent[name], torch.cat(recent[of]).tolist() if recent[of] else [])))
-                               for name, of in (("where", "loss"), ("positive", "reward")))
-            faults = [where for where, loss in losses if not math.isfinite(loss)]
-            faults += [f"step {number}, the gradient"] * (not all(map(math.isfinite, recent["norm"])))
-            check(not faults, f"the loss is not finite; try a lower --learning-rate. First at {'; '.join(faults[:8])}")
-            state["seconds"] = time.perf_counter() - start
-            line = {"step": number, "loss": mean(loss for _, loss in losses),  # rewards: where log π_ref was computed
-                    "reward_positive": mean(reward for positive, reward in rewards if positive),
-                    "reward_negative": mean(reward for positive, reward in rewards if positive is False),
-                    "learning_rate": learning_rate, "tokens_per_second": state["tokens"] / state["seconds"]}
-            state["log"].append(json.dumps(line) + "\n")
-            log_file.write(state["log"][-1])
-            progress.set_postfix({k: f"{v:.3g}" for k, v in line.items() if v is not None and k != "step"})
-            recent.clear()
-        if save:
-            state["random"] = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if cuda else [])]
-            save_checkpoint(out, {**state, "step": number, **{name: part.state_dict() for name, part in parts.items()}})
-        if stop:
-            break
-    progress.close()
-    log_file.close()
-    signal.signal(signal.SIGINT, handler)
-    if stop:
-        raise KeyboardInterrupt
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
-
-
+# ---- Command line ---------------------------------------------------------------------------------------------------
 @dataclass
 class Options:
-    method: Literal["ulma", "pointwise-dpo", "sft", "unlikelihood", "dpo"] = HfArg(default="ulma", help="the loss")
-    model: str = HfArg(default="data/base", help="π_ref, where training starts: a folder or a Hugging Face hub name")
-    data: str = HfArg(default="data", help="a folder, a .jsonl or .jsonl.gz file, or a hub name")
+    method: Literal["ulma", "pointwise-dpo", "sft", "dpo", "unlikelihood"] = HfArg(default="ulma", help="the loss")
+    model: str = HfArg(default="data/base", help="where training starts: a folder or a hub name")
+    reference: Optional[str] = HfArg(default=None, help="π_ref: a folder or a hub name; if not given, --model")
+    data: str = HfArg(default="data", help="a file, a folder or a hub name")
     data_config: Optional[str] = HfArg(default=None, help="the configuration of --data, where it has several")
     data_dir: Optional[str] = HfArg(default=None, help="the folder within --data, where only that is meant")
-    output_dir: str = HfArg(default="", help="for the model and its records; if not given, a new folder in runs/")
-    beta: Optional[float] = HfArg(default=None, help="β, the strength of the KL regulariser; 3, with --continuous 0.1")
-    log_z: str = HfArg(default="auto", help="log Z(x); auto: β log Z = logit(mean label), the mean if --continuous")
-    continuous: bool = HfArg(default=False, help="squared-error losses on the column `score` (else `label`), 0 to 1")
-    length_normalize: bool = HfArg(default=False, help="log π(y|x) as a mean over tokens, not the paper's sum")
-    learning_rate: Optional[float] = HfArg(default=None, help="the peak; 3e-4, for sft and dpo 1e-3, unlikelihood 3e-5")
-    epochs: int = HfArg(default=5, help="passes over the training rows")
+    output_dir: Optional[str] = HfArg(default=None, help="for model and records; if not given, a new folder in runs/")
+    beta: float = HfArg(default=0.1, help="β, the strength of the KL regulariser; on the embedded data 3")
+    log_z: Optional[float] = HfArg(default=None, help="log Z(x); if not given, from the mean label (prior_log_z)")
+    continuous: bool = HfArg(default=False, help="squared-error losses on the column score (else label), 0 to 1")
+    learning_rate: float = HfArg(default=1e-5, help="the peak of a cosine schedule; on the embedded data 3e-4")
+    epochs: int = HfArg(default=3, help="passes over the training rows; on the embedded data 5")
     batch_size: int = HfArg(default=16, help="rows a forward pass, in each process")
     gradient_accumulation: int = HfArg(default=1, help="forward passes an optimiser step")
     gradient_checkpointing: bool = HfArg(default=False, help="less memory for a third more compute")
-    max_length: int = HfArg(default=512, help="tokens a row; prompts lose their start, completions their end")
+    bf16: bool = HfArg(default=torch.cuda.is_available(), help="bfloat16 arithmetic on float32 weights")
+    max_length: int = HfArg(default=512, help="tokens a row; prompts lose their start, responses their end")
     seed: int = HfArg(default=0, help="of the shuffling, the held-out prompts and the samples")
-    save_steps: int = HfArg(default=0, help="optimiser steps between checkpoints; 0: only Ctrl-C writes one")
-    resume: str = HfArg(default="", help="the output folder of an interrupted run, to go on with it; takes its options")
-    eval_only: bool = HfArg(default=False, help="evaluate --model and stop")
+    save_steps: int = HfArg(default=0, help="steps between checkpoints; 0: none")
+    eval_only: bool = HfArg(default=False, help="evaluate --model, and stop")
 
 
-def load_tokenizer(name):
-    """The model's tokenizer, with a padding token."""
-    try:
-        config, tokenizer = AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # transformers raises many kinds
-        fail(f"--model {name}: its configuration or tokenizer cannot be loaded: {short(error)}")
-    size = config.get_text_config().vocab_size
-    check(not config.is_encoder_decoder, f"--model {name} is an encoder-decoder; name a decoder-only model")
-    check(tokenizer("a", add_special_tokens=False).input_ids, f"--model {name} has no tokenizer; save its own there")
-    check(tokenizer.eos_token, f"--model {name}: its tokenizer has no eos_token, which closes a response; set one")
-    check(len(tokenizer) <= size,
-          f"--model {name}: its tokenizer has {len(tokenizer)} tokens, its embedding {size}; resize the embedding")
+def run(options):
+    """Data, models, evaluation, training, evaluation. Returns what metrics.json holds."""
+    with naming(f"--model {options.model}"):
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        check(tokenizer.eos_token, "its tokenizer has no eos_token, which closes a response; set one")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    return tokenizer
+    all_rows, test_rows = load_rows(options, tokenizer)
+    mean_label = mean([row.label for row in all_rows]) or 0.0
+    rows = [] if options.eval_only else training_rows(all_rows, options.method)
+    check(options.eval_only or (rows and (options.method == "sft" or 0 < mean_label < 1)),
+          f"--method {options.method} needs rows of label 1 and, but for sft, rows of others; in dpo of one prompt")
+    reads = [row for row in responses(rows) if options.method in ("pointwise-dpo", "dpo")
+             or (options.method == "ulma" and row.label != 1)]  # whose loss depends on log π_ref
+    if options.log_z is None:
+        from_labels = reads and options.method != "dpo"
+        options.log_z = prior_log_z(mean_label, options.beta, options.continuous) if from_labels else 0.0
 
-
-def load_model(name, options, device):
-    """The model, its weights in float32, from safetensors; sharded over the processes if there are several."""
-    try:
-        model, loading = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True,
-                                                              output_loading_info=True)
-    except Exception as error:  # transformers raises many kinds
-        fail(f"--model {name} cannot be loaded: {short(error)}")
-    longest = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
-    check(options.max_length <= longest, f"--max-length {options.max_length} is over the {longest} that {name} takes")
-    missing = sorted(loading["missing_keys"])
-    check(not missing, f"--model {name} lacks weights of a causal language model: {', '.join(missing[:3])}")
-    disable_dropout(model)
-    if options.gradient_checkpointing:  # by its name in transformers 5, or that in 4
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
-    if PROCESSES == 1:
-        model.to(device)
-    else:  # FSDP2: each block, then what is left. On CUDA what is gathered for a forward pass is bfloat16.
-        policy = MixedPrecisionPolicy(*[torch.bfloat16, torch.float32] * (device.type == "cuda"))
-        for module in [*next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), model]:
-            fully_shard(module, reshard_after_forward=True, mp_policy=policy)
-    with torch.no_grad():
-        first = model.eval()(input_ids=torch.tensor([[1, 0], [1, 2]], device=device)).logits[:, 0]
-    check(not (first[0] - first[1]).abs().max() > 2e-2 * first.abs().max(),
-          f"--model {name} sees the tokens to come, as an encoder does; name a decoder-only model")
-    return model
-
-
-def peak_memory(device):
-    """Bytes: the most that CUDA's allocator gave since its reset; elsewhere the most this process ever held."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    try:
-        import resource
-    except ImportError:  # on Windows
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def parse(argv):
-    """(options, output folder) of a command line, checked as far as that goes without data and model."""
-    parser = HfArgumentParser(Options, description=__doc__.splitlines()[0])
-    parser.error = fail
-    options = Options(**vars(parser.parse_args(argv)))
-    if options.resume:
-        out, begun = Path(options.resume), load_metrics(Path(options.resume))
-        check(options == Options(resume=options.resume), "--resume takes the options of that run; leave out the others")
-        check(begun["options"], f"--resume {out} holds no run that has begun; name a run's output folder")
-        check(not begun.keys() & {"after", "eval"}, f"--resume {out}: that run is finished")
-        return Options(**{**begun["options"], "resume": options.resume}), out
-    if options.beta is None:  # these defaults are the best of one sweep on data/: see the README
-        options.beta = 0.1 if options.continuous else 3.0
-    if options.learning_rate is None:
-        options.learning_rate = {"sft": 1e-3, "dpo": 1e-3, "unlikelihood": 3e-5}.get(options.method, 3e-4)
-    least = {"beta": 0, "learning_rate": 0, "epochs": 0, "batch_size": 0, "gradient_accumulation": 0, "max_length": 1,
-             "save_steps": -1, "seed": -1}
-    for name, bound in least.items():
-        value = getattr(options, name)
-        check(bound < value < 2**63,
-              f"--{name.replace('_', '-')} is {value}; write a number over {bound} and under 2**63")
-    check(options.log_z == "auto" or options.method in ("ulma", "pointwise-dpo"),
-          f"--log-z is not in the loss of --method {options.method}; leave it out")
-    check(not (options.eval_only and options.save_steps), "--eval-only has nothing to save; leave out --save-steps")
-    if os.path.isfile(options.data):
-        named = options.data.endswith((".jsonl", ".jsonl.gz"))
-        check(named, f"--data {options.data} is no .jsonl or .jsonl.gz file; convert it")
-        check(not (options.data_config or options.data_dir), "--data is a file; leave out --data-config and --data-dir")
-    kind = "eval" if options.eval_only else options.method
-    out = Path(gather([options.output_dir or f"runs/{kind}-{time.strftime('%y%m%d-%H%M%S')}"])[0])
-    there = next(path for path in (out, *out.parents) if path.exists())
-    check(there.is_dir() and os.access(there, os.W_OK) and not (there == out and any(out.iterdir())),
-          f"--output-dir {out} cannot be made or has files in it; name a new or an empty folder")
-    return options, out
-
-
-def save_metrics(out, results):
-    """Writes out/metrics.json, all or nothing."""
-    if RANK == 0:
-        (out / "metrics.tmp").write_text(json.dumps(results, indent=2) + "\n")
-        os.replace(out / "metrics.tmp", out / "metrics.json")
-
-
-def load_metrics(folder):
-    """What a run has written to folder/metrics.json; with empty options if there is no such thing."""
-    try:
-        results = json.loads((folder / "metrics.json").read_text())
-        return {**results, "options": {**results["options"]}}
-    except (OSError, ValueError, KeyError, TypeError):  # also those of something else's metrics.json
-        return {"options": {}}
-
-
-def run(options, out):
-    """Data, model, evaluation, training, evaluation. Returns what metrics.json holds."""
-    for what, name in (("model", options.model), ("dataset", options.data)):
-        if not os.path.exists(name) and not constants.HF_HUB_OFFLINE:
-            try:  # asks once, where the loaders would go on asking for a minute
-                HfApi().repo_info(name, repo_type=what, timeout=5)
-            except Exception as error:  # whatever a network does
-                fail(f"{name} is no file or folder, and the hub does not give a {what} of that name ({short(error)}); "
-                     "if the hub's cache has it, set HF_HUB_OFFLINE=1")
-    tokenizer = load_tokenizer(options.model)
-    train_rows, test_rows = load_rows(options, tokenizer)
-    examples, mean_label = make_examples(train_rows, options.method), mean(r["label"] for r in train_rows) or 0.0
-    needs = {"sft": "rows of label 1", "dpo": "a positive and a negative of one prompt"}
-    check(options.eval_only or examples and (options.method in ("sft", "dpo") or 0 < mean_label < 1),
-          f"--method {options.method} needs {needs.get(options.method, 'positives and negatives')} to train on; "
-          f"--data {options.data} has none (its mean label is {mean_label:g})")
-    auto = prior_log_z(mean_label, options.beta, options.continuous) if 0 < mean_label < 1 else 0.0
-    try:
-        options.log_z = auto if options.log_z == "auto" else float(options.log_z)
-        check(abs(options.beta * options.log_z) < 2**63, f"--log-z is {options.log_z}; write auto or a number")
-    except ValueError:
-        fail(f"--log-z is {options.log_z}; write auto or a number")
-
-    mps = torch.backends.mps.is_available()
-    device = torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
-    torch.backends.cuda.matmul.allow_tf32 = True
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)  # same seed, same machine: the same weights
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a check that costs time
-    rows = train_rows + test_rows
-    for chat in {r["chat"] for r in rows}:
-        tokenize([r for r in rows if r["chat"] == chat], tokenizer, options.max_length)
-    model = load_model(options.model, options, device)
-    fingerprint = zlib.crc32(json.dumps([[r["prompt"], r["completion"], r["label"]] for r in rows]).encode())
-    state = load_checkpoint(out, fingerprint) if options.resume else {}
-    base = load_metrics(Path(options.model))["options"].get("model")  # of a finished run: the model it started from
-    reference = load_model(base, options, device) if options.eval_only and base else None
-    if RANK == 0:  # a name made of the time may be taken by now
-        out.mkdir(parents=True, exist_ok=bool(options.output_dir or options.resume))
-    kind = "eval" if options.eval_only else options.method
-    where = f"{PROCESSES} x {device}" if PROCESSES > 1 else device
-    print(f"{kind}: β {options.beta:g}, β log Z {options.beta * options.log_z:.3g}, on {where}\n"
-          f"{options.model}: {model.num_parameters():,} parameters\n"
-          f"{options.data}: {len(train_rows)} training rows, mean label {mean_label:.3f}; {len(test_rows)} test rows\n"
-          f"to be saved to {out}")
-
-    record = {**asdict(options), "resume": ""}
-    record |= {name: os.path.abspath(record[name]) for name in ("model", "data") if os.path.exists(record[name])}
-    results, generations = state.get("results", {"options": record}), state.get("generations", {})
-    if options.eval_only:
-        if reference:
-            score(reference, test_rows, options, "ref_logp", "reference")
-            del reference  # its memory is needed
-        results["eval"], generations["eval"] = evaluate(model, tokenizer, test_rows, options, "eval")
-    else:
-        if not state:
-            save_metrics(out, results)  # from here on --resume finds the options
-            results["before"], generations["before"] = evaluate(model, tokenizer, test_rows, options, "before")
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            start = time.perf_counter()
-            read = {id(r): r for example in examples for r in example if reads_reference(r, options.method)}
-            score(model, list(read.values()), options, "ref_logp", "reference")
-            state = {"step": 0, "tokens": 0, "seconds": 0.0, "reference_seconds": time.perf_counter() - start,
-                     "log": [], "results": results, "generations": generations, "rows": fingerprint,
-                     "ref_logps": [r.get("ref_logp", 0.0) for r in rows]}  # 0: nothing reads it
-        for row, ref_logp in zip(rows, state["ref_logps"]):
-            row["ref_logp"] = ref_logp
-        train(model, examples, options, out, state)
-        samples = sum(map(len, examples)) * options.epochs
-        results["train"] = {"samples": samples, "tokens": state["tokens"], "seconds": state["seconds"],
-                            "reference_seconds": state["reference_seconds"],
-                            "samples_per_second": samples / state["seconds"], "peak_memory_bytes": peak_memory(device)}
-        save_model(model, tokenizer, out)
-        results["after"], generations["after"] = evaluate(model, tokenizer, test_rows, options, "after")
-    if RANK == 0:
-        samples = [{"prompt": prompt, **{column: texts[prompt] for column, texts in generations.items()}}
-                   for prompt in next(iter(generations.values()))]
-        (out / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
-        save_metrics(out, results)
-        for folder in checkpoints(out):
-            shutil.rmtree(folder)
-    report({column: results[column] for column in generations}, generations)
+    out = Path(gather([options.output_dir or f"runs/{options.method}-{time.strftime('%y%m%d-%H%M%S')}"])[0])
+    results = {"options": asdict(options)}
+    if out.exists():
+        with naming(f"--output-dir {out} is neither empty nor this run's; name a new folder"):
+            check(not any(out.iterdir()) or json.loads((out / "metrics.json").read_text()) == results, "it is another's")
+    if options.reference:
+        model = load_model(options.reference, options, tokenizer)
+        compute_logps(model, reads + test_rows, options, "ref_logp")
+    model = load_model(options.model, options, tokenizer)
+    gather([])  # all have looked at the folder
+    with naming(f"--output-dir {out} cannot be made"):
+        out.mkdir(parents=True, exist_ok=True)
+    write(out / "metrics.json", [json.dumps(results, indent=2)])
+    print(f"{options.model}: {model.num_parameters():,} parameters, on {WORLD} x {model.device}\n"
+          f"{options.data}: {len(all_rows)} training rows, mean label {mean_label:.3f}; {len(test_rows)} test rows\n"
+          f"{options.method}: β {options.beta:g}, β log Z {options.beta * options.log_z:.3g}, learning rate "
+          f"{options.learning_rate:g}, {options.epochs} epochs")
+    title = "eval" if options.eval_only else "before"
+    results[title] = evaluate(model, tokenizer, test_rows, options, title)
+    if not options.eval_only:
+        start = time.perf_counter()
+        if not options.reference:
+            compute_logps(model, reads, options, "ref_logp")
+        results["train"] = {"reference_seconds": time.perf_counter() - start, **train(model, rows, options, out)}
+        weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        own = dict(model.named_parameters()) | dict(model.named_buffers())  # without a tied weight's second name
+        weights = {name: value for name, value in weights.items() if name in own}
+        model.save_pretrained(out, state_dict=weights, is_main_process=RANK == 0)
+        tokenizer.save_pretrained(out)
+        results["after"] = evaluate(model, tokenizer, test_rows, options, "after")
+    samples = [{"prompt": row.prompt, **row.samples} for row in test_rows if row.samples]
+    write(out / "samples.jsonl", [json.dumps(sample) for sample in samples])
+    write(out / "metrics.json", [json.dumps(results, indent=2)])
+    for folder in out.glob("checkpoint-*"):
+        shutil.rmtree(folder, ignore_errors=True)
+    report({title: results[title] for title in ("before", "after", "eval") if title in results}, test_rows)
     print(f"\nsaved to {out}")
     return results
 
 
 def main(argv=None):
     """The command line. Of several processes the first speaks for all."""
-    out, quiet = Path(), open(os.devnull, "w") if RANK else None
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    torch.set_flush_denormal(True)  # where σ(r) underflows, a CPU would be many times slower
+    if WORLD > 1:
+        dist.init_process_group()
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if RANK > 0:
+        sys.stdout = sys.stderr = open(os.devnull, "w")
     try:
-        if PROCESSES > 1:
-            cuda = torch.cuda.is_available()
-            if cuda:
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2))
-        with redirect_stdout(quiet or sys.stdout), redirect_stderr(quiet or sys.stderr):
-            options, out = parse(argv)
-            results = run(options, out)
-        if PROCESSES > 1:
-            dist.destroy_process_group()
-        return results
+        parser = HfArgumentParser(Options, description=__doc__.splitlines()[0])
+        parser.error = lambda message: check(False, message)
+        data = Path(parser.parse_args(argv).data).resolve()
+        if EMBEDDED in (data, *data.parents):  # the best of a sweep there; the defaults above are the paper's
+            parser.set_defaults(beta=3.0, learning_rate=3e-4, epochs=5)
+        options = Options(**vars(parser.parse_args(argv)))
+        for name in ("beta", "learning_rate", "epochs", "batch_size", "gradient_accumulation"):
+            check(0 < getattr(options, name) < math.inf, f"--{name.replace('_', '-')} is to be over 0")
+        check(options.max_length > 1, "--max-length is to be over 1")
+        check(options.output_dir or options.save_steps == 0, "--save-steps needs --output-dir, to be found again")
+        return run(options)
+    except Mistake as mistake:
+        message = f"error: {mistake}"
+    except torch.OutOfMemoryError:
+        message = "error: out of memory; try --gradient-checkpointing, a smaller --batch-size or --max-length"
     except KeyboardInterrupt:
-        reason, code = "interrupted", 130
-    except Exception as error:
-        cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save hides a full disk
-        reason, code = f"error: {short(cause)}", 2
-        if "out of memory" in reason:
-            fail(f"{reason}; start anew with --gradient-checkpointing, a smaller --batch-size or --max-length")
-        if not isinstance(cause, OSError) and "No space left" not in reason:
-            raise
-    shutil.rmtree(out / "partial-checkpoint", ignore_errors=True)
-    if not RANK or code == 2:
-        begun = (out / "metrics.json").exists()
-        tqdm.write(f"ulma.py: {reason}{f'; to go on: python ulma.py --resume {out}' if begun else ''}", file=sys.stderr)
-    sys.exit(code)
+        message = "interrupted; with --save-steps, the same command goes on from the last checkpoint"
+    time.sleep(5 if RANK > 0 else 0)  # the first process speaks first: when one ends, torchrun ends them all
+    print(f"ulma.py: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # where there is no β
     main()

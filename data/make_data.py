@@ -169,7 +169,7 @@ def row(verb, noun, frame, text, kind):
     assert label == (kind in ("full", "brief")), (verb, noun, text)
     prompt = f"\n\nHuman: {say(frame.format('{base}'), verb, noun)}\n\nAssistant:"
     return {"prompt": prompt, "completion": f" {text}", "label": label, "score": SCORES[kind], "type": verb,
-            "kind": kind, "demonstrated": verb in DEMONSTRATED}
+            "kind": kind, "group": "demonstrated" if verb in DEMONSTRATED else "undemonstrated"}
 
 
 def split():
