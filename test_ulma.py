@@ -807,3 +807,145 @@ def test_nothing_unsafe():
     source = (HERE / "ulma.py").read_text()
     assert "trust_remote_code" not in source and source.count("torch.load(") == source.count("weights_only=True") == 1
     assert source.count("AutoModelForCausalLM.from_pretrained(") == source.count("use_safetensors=True") == 1
+
+
+# ---- Interruptions, and several processes ---------------------------------------------------------------------------
+
+TORCHRUN = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
+
+
+def begin(small, out, *flags, launcher=()):
+    """A run of 40 short steps in a process of its own, or in two."""
+    command = [sys.executable, *launcher, "ulma.py", "--model", small / "model", "--data", small / "data", "--max-length", 64,
+               "--epochs", 8, "--batch-size", 2, "--learning-rate", 1e-3, "--output-dir", out, *flags]
+    return subprocess.Popen([*map(str, command)], cwd=HERE, stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def end(*processes):
+    for process in processes:
+        _, error = process.communicate()
+        assert process.returncode == 0, error
+
+
+def wait_for(condition, process):
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+def figures(out):
+    """What two runs of the same have in common: the log, but for times, and the metrics."""
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    metrics = json.loads((out / "metrics.json").read_text())
+    return [{**line, "tokens_per_second": 0} for line in log], metrics["before"], metrics["after"]
+
+
+def same(one, other):
+    mine, yours = weights(one), weights(other)
+    assert all(torch.equal(mine[name], yours[name]) for name in mine) and figures(one) == figures(other)
+    assert sorted(path.name for path in one.iterdir()) == sorted(path.name for path in other.iterdir())
+
+
+def test_a_run_killed_at_any_moment_ends_as_one_that_never_was(small, tmp_path):
+    """KILLS=20 python -m pytest -k killed_at_any: so many kills at random moments; one if not told."""
+    kills, rng, never = int(os.environ.get("KILLS", 1)), random.Random(), tmp_path / "never"
+    end(begin(small, never, "--save-steps", 1))
+    while kills:
+        out = tmp_path / f"run-{kills}"
+        process = begin(small, out, "--save-steps", 1)
+        wait_for((out / "metrics.json").exists, process)
+        time.sleep(rng.uniform(0, 3))
+        process.kill()
+        process.communicate()
+        if "after" in json.loads((out / "metrics.json").read_text()):  # it had finished
+            shutil.rmtree(out)
+            continue
+        kills -= 1
+        print(sorted(f"{path.name} with {len(list(path.iterdir()))} file" for path in out.iterdir() if path.is_dir()))
+        end(begin(small, out, "--save-steps", 1))
+        same(out, never)
+
+
+def test_two_processes_equal_one_and_go_on_after_a_kill(small, tmp_path):
+    """Pair-wise DPO on seven pairs: of the last batch of three, one process has one row, filled up."""
+    flags = "--method", "dpo", "--gradient-accumulation", 2, "--gradient-checkpointing", "--save-steps", 3
+    one, two, killed = (tmp_path / name for name in ("one", "two", "killed"))
+    alone, pair = begin(small, one, *flags, "--batch-size", 4), begin(small, two, *flags, launcher=TORCHRUN)
+    end(alone, pair)
+    process = begin(small, killed, *flags, launcher=TORCHRUN)
+    wait_for(lambda: list(killed.glob("checkpoint-*")), process)
+    for command in Path("/proc").glob("[0-9]*/cmdline"):  # torchrun's children outlive it
+        if str(killed).encode() in command.read_bytes():
+            os.kill(int(command.parent.name), signal.SIGKILL)
+    process.communicate()
+    end(begin(small, killed, *flags, launcher=TORCHRUN))
+    same(killed, two)
+    start, single, double = (flat(weights(folder)) for folder in (small / "model", one, two))
+    assert (single - double).norm() < 1e-3 * (single - start).norm()
+    for mine, yours in zip(figures(one)[0], figures(two)[0]):
+        assert mine["loss"] == pytest.approx(yours["loss"], rel=1e-4)
+        assert mine["reward_negative"] == pytest.approx(yours["reward_negative"], rel=1e-3, abs=1e-5)
+    assert figures(one)[2]["perplexity"] == pytest.approx(figures(two)[2]["perplexity"], rel=1e-4)
+
+
+@pytest.fixture
+def stopped(run, monkeypatch, capsys, tmp_path):
+    """The folder of a run whose disk is full at the third checkpoint."""
+    save, calls = torch.save, []
+
+    def full(state, path):
+        save(state, path)
+        calls.append(path)
+        if len(calls) == 3:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    message = error_of(capsys, run, "--save-steps", 1, "--output-dir", tmp_path / "out")
+    assert message.endswith("make room, then give the same command again: [Errno 28] No space left on device")
+    monkeypatch.undo()
+    return tmp_path / "out"
+
+
+def test_the_same_command_goes_on_and_any_other_is_refused(stopped, run, capsys, finished):
+    again = "--save-steps", 1, "--output-dir", stopped
+    assert [path.name for path in stopped.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert "another's" in error_of(capsys, run, *again, "--beta", 1)
+    assert run(*again)[0]["train"]["from_step"] == 2
+    never = run("--save-steps", 1)[1]
+    same(stopped, never)
+    assert "another's" in error_of(capsys, run, *again)
+
+
+class Harmful:
+    def __reduce__(self):
+        return os.mkdir, ("harm",)
+
+
+def test_a_checkpoint_of_other_data_or_processes_or_that_runs_code_is_refused(stopped, run, capsys, monkeypatch, small):
+    file = stopped / "checkpoint-2" / "0-of-1.pt"
+    state, flags = torch.load(file, weights_only=True), ("--save-steps", 1, "--output-dir", stopped)
+    torch.save({**state, "steps": 99}, file)
+    assert "it is of 99 steps, not 6" in error_of(capsys, run, *flags)
+    torch.save({"step": Harmful()}, file)
+    assert "cannot be used; delete it" in error_of(capsys, run, *flags)
+    assert not Path("harm").exists()
+    file.rename(file.with_name("1-of-2.pt"))
+    assert "0-of-1.pt" in error_of(capsys, run, *flags)
+
+
+# ---- What the README says -------------------------------------------------------------------------------------------
+
+
+def test_the_readmes_command_aligns_the_embedded_model(tmp_path):
+    command = [sys.executable, "ulma.py", "--method", "ulma", "--output-dir", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    before, after = results["before"], results["after"]
+    assert 0.20 < before["exact_match"] < 0.35 and after["exact_match"] >= 0.8
+    assert after["exact_match/undemonstrated"] > before["exact_match/undemonstrated"] + 0.3
+    assert after["reward_auc"] > 0.95 and after["perplexity"] < before["perplexity"]
+    assert [results["options"][name] for name in ("beta", "learning_rate", "epochs")] == [3, 3e-4, 5]  # else the paper's
+    assert "exact_match/demonstrated" in done.stdout and "saved to" in done.stdout

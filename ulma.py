@@ -490,7 +490,7 @@ def load_model(name, options, tokenizer):
             policy = MixedPrecisionPolicy(torch.bfloat16 if options.bf16 else None, torch.float32)
             blocks = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
             for module in [*blocks, model]:
-                fully_shard(module, mp_policy=policy)
+                fully_shard(module, reshard_after_forward=True, mp_policy=policy)
         # Around each forward alone, for autocast keeps bfloat16 copies of the weights, which a step outdates.
         model.forward = torch.autocast(model.device.type, torch.bfloat16, enabled=options.bf16)(model.forward)
         with torch.no_grad():
