@@ -5,8 +5,7 @@ Cai et al., arXiv 2312.02554, to be read with the paper in the other window. The
 below a line that says so comes what any such program needs: data, processes, models, checkpoints, options. --help lists
 the options. With --save-steps, an interrupted run goes on when the same command is given again.
 
-    python ulma.py --method ulma                                          # on data/, offline, in under a minute
-    python ulma.py --method pointwise-dpo --output-dir runs/first         # another loss
+    python ulma.py --method ulma --output-dir runs/first                  # on data/, offline, in under a minute
     python ulma.py --eval-only --model runs/first --reference data/base   # any model, against any reference
     python ulma.py --model Qwen/Qwen2.5-0.5B --data Anthropic/hh-rlhf --data-dir harmless-base
     torchrun --nproc-per-node 8 ulma.py --model ... --data ...            # the same on eight GPUs
@@ -203,7 +202,7 @@ def sample(model, tokenizer, rows, options, title):
         prompts = [row.input_ids[:row.prompt_length][new_tokens - options.max_length:] for row in share(batch)[0]]
         inputs = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
         output = model.generate(
-            **inputs, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0,  # not its own defaults
+            **inputs, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0,  # all neutral
             num_return_sequences=SAMPLES, max_new_tokens=new_tokens, eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id, synced_gpus=WORLD > 1)
         texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
@@ -222,9 +221,8 @@ def concordance(scores, labels):
 
 
 def evaluate(model, tokenizer, rows, options, title):
-    """Metrics of the test rows, None where there is nothing to compute one of: perplexity of demonstrations, a token;
-    reward AUC, the concordance of r_θ with the labels; exact match, the share of completions drawn that are among the
-    references, of all prompts and of each group."""
+    """{metric: value, None where there is nothing to compute it of}: perplexity of demonstrations, reward AUC, exact
+    match of all prompts and of each group. Leaves row.logp, and completions in row.samples[title]."""
     compute_logps(model, rows, options, "logp")
     demonstrations = [row for row in rows if row.label == 1]
     nats, tokens = -sum(row.logp for row in demonstrations), sum(row.rated.sum().item() for row in demonstrations)
@@ -267,7 +265,6 @@ def report(results, rows):
 # Here ends what the paper needs. What follows is practice: data, processes and mistakes, models, checkpoints, options.
 
 SAMPLES = 4  # completions of each test prompt that has references, and prompts shown at the end
-EMBEDDED = Path(__file__).resolve().parent / "data"
 RANK = int(os.environ.get("RANK", 0))  # this process among the WORLD that torchrun starts
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
@@ -307,8 +304,7 @@ def parse(record, options, tokenizer):
     """Yields the rows of a record: one, or the two of a pair, of which chosen has label 1 and rejected 0.
 
     Messages go through the chat template. A pair without `prompt` is two conversations, prompted by all but the last
-    message, or as in HH-RLHF two transcripts, prompted by what ends at the last "\\n\\nAssistant:".
-    """
+    message, or as in HH-RLHF two transcripts, prompted by what ends at the last "\\n\\nAssistant:"."""
     pair = {"chosen", "rejected"} <= record.keys()
     label = "score" if options.continuous and "score" in record else "label"
     check(pair or {"prompt", "completion", label} <= record.keys(), f"the columns are {', '.join(record)}; needed are "
@@ -335,9 +331,7 @@ def parse(record, options, tokenizer):
 
 def tokenize(rows, tokenizer, max_length):
     """Sets input_ids, rated and prompt_length. Too long: prompts lose their start, but not BOS, responses their end.
-
-    A prompt's tokens are those it shares with prompt + completion: one that spans the boundary is the response's.
-    """
+    A prompt's tokens are those it shares with prompt + completion: one that spans the boundary is the response's."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     prompts = tokenizer([row.prompt for row in rows]).input_ids
     wholes = tokenizer([row.prompt + row.completion for row in rows]).input_ids
@@ -444,6 +438,7 @@ def gather(items):
 def write(path, lines):
     """Writes the file, all or nothing; of several processes the first does."""
     if RANK == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.with_suffix(".tmp").write_text("\n".join(lines) + "\n", encoding="utf-8")
         path.with_suffix(".tmp").replace(path)
 
@@ -465,8 +460,7 @@ def naming(words):
     except Exception as error:
         while error.__cause__ is not None:
             error = error.__cause__
-        cause = " ".join(str(error).split()) or type(error).__name__
-        raise Mistake(f"{words}: {cause[:300]}") from None
+        raise Mistake(f"{words}: {' '.join(str(error).split())[:300] or type(error).__name__}") from None
 
 
 # ---- Models and checkpoints -----------------------------------------------------------------------------------------
@@ -490,7 +484,7 @@ def load_model(name, options, tokenizer):
             policy = MixedPrecisionPolicy(torch.bfloat16 if options.bf16 else None, torch.float32)
             blocks = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
             for module in [*blocks, model]:
-                fully_shard(module, reshard_after_forward=True, mp_policy=policy)
+                fully_shard(module, reshard_after_forward=True, mp_policy=policy)  # so that parameters() are shards
         # Around each forward alone, for autocast keeps bfloat16 copies of the weights, which a step outdates.
         model.forward = torch.autocast(model.device.type, torch.bfloat16, enabled=options.bf16)(model.forward)
         with torch.no_grad():
@@ -505,8 +499,8 @@ def save_checkpoint(out, state, figures):
     partial, before = out / "partial", list(out.glob("checkpoint-*"))
     with naming(f"{partial} cannot be written; make room, then give the same command again"):
         partial.mkdir(exist_ok=True)
-        saved = figures | {name: part.state_dict() for name, part in state.items()}
-        torch.save(saved, partial / f"{RANK}-of-{WORLD}.pt")
+        parts = {name: part.state_dict() for name, part in state.items()}
+        torch.save(parts | figures, partial / f"{RANK}-of-{WORLD}.pt")
     gather([])  # all files are there
     if RANK == 0:
         partial.rename(out / f"checkpoint-{figures['step']}")
@@ -573,15 +567,14 @@ def run(options):
     results = {"options": asdict(options)}
     if out.exists():
         with naming(f"--output-dir {out} is neither empty nor this run's; name a new folder"):
-            check(not any(out.iterdir()) or json.loads((out / "metrics.json").read_text()) == results, "it is another's")
+            empty = not any(out.iterdir())
+            check(empty or json.loads((out / "metrics.json").read_text()) == results, "it is another's, or finished")
     if options.reference:
         model = load_model(options.reference, options, tokenizer)
         compute_logps(model, reads + test_rows, options, "ref_logp")
     model = load_model(options.model, options, tokenizer)
-    gather([])  # all have looked at the folder
-    with naming(f"--output-dir {out} cannot be made"):
-        out.mkdir(parents=True, exist_ok=True)
-    write(out / "metrics.json", [json.dumps(results, indent=2)])
+    with naming(f"--output-dir {out} cannot be written"):
+        write(out / "metrics.json", [json.dumps(results, indent=2)])
     print(f"{options.model}: {model.num_parameters():,} parameters, on {WORLD} x {model.device}\n"
           f"{options.data}: {len(all_rows)} training rows, mean label {mean_label:.3f}; {len(test_rows)} test rows\n"
           f"{options.method}: β {options.beta:g}, β log Z {options.beta * options.log_z:.3g}, learning rate "
@@ -599,8 +592,7 @@ def run(options):
         model.save_pretrained(out, state_dict=weights, is_main_process=RANK == 0)
         tokenizer.save_pretrained(out)
         results["after"] = evaluate(model, tokenizer, test_rows, options, "after")
-    samples = [{"prompt": row.prompt, **row.samples} for row in test_rows if row.samples]
-    write(out / "samples.jsonl", [json.dumps(sample) for sample in samples])
+    write(out / "samples.jsonl", [json.dumps({"prompt": r.prompt, **r.samples}) for r in test_rows if r.samples])
     write(out / "metrics.json", [json.dumps(results, indent=2)])
     for folder in out.glob("checkpoint-*"):
         shutil.rmtree(folder, ignore_errors=True)
@@ -624,8 +616,8 @@ def main(argv=None):
         parser = HfArgumentParser(Options, description=__doc__.splitlines()[0])
         parser.error = lambda message: check(False, message)
         data = Path(parser.parse_args(argv).data).resolve()
-        if EMBEDDED in (data, *data.parents):  # the best of a sweep there; the defaults above are the paper's
-            parser.set_defaults(beta=3.0, learning_rate=3e-4, epochs=5)
+        if Path(__file__).resolve().parent / "data" in (data, *data.parents):  # embedded: not the paper's defaults, but
+            parser.set_defaults(beta=3.0, learning_rate=3e-4, epochs=5)  # the best of a sweep there
         options = Options(**vars(parser.parse_args(argv)))
         for name in ("beta", "learning_rate", "epochs", "batch_size", "gradient_accumulation"):
             check(0 < getattr(options, name) < math.inf, f"--{name.replace('_', '-')} is to be over 0")
