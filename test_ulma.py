@@ -2,7 +2,7 @@
 
     python -m pytest -q
 """
-import copy, functools, json, math, os, random, re, shutil, signal, subprocess, sys, time
+import copy, functools, itertools, json, math, os, random, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -22,32 +22,25 @@ from ulma import (concordance, dpo_loss, implicit_reward, pointwise_dpo_loss, pr
 HERE = Path(ulma.__file__).parent
 LOSSES = {"pointwise-dpo": pointwise_dpo_loss, "ulma": ulma_loss}
 
-
 def draw(n=64, seed=0):
     """Random log π_θ, log π_ref and labels 0/1: (n,), float64."""
     generator = torch.Generator().manual_seed(seed)
     logps, ref_logps = -8 * torch.rand(2, n, generator=generator, dtype=torch.float64)
     return logps.requires_grad_(), ref_logps, torch.randint(0, 2, (n,), generator=generator)
 
-
 def sigma(x):
     return 1 / (1 + math.exp(-x))
-
 
 def grad(loss, logps):
     return torch.autograd.grad(loss.sum(), logps)[0].tolist()
 
-
 # ---- The equations --------------------------------------------------------------------------------------------------
-
-
 def test_the_reward_is_beta_times_log_ratio_plus_log_z():
     assert implicit_reward(torch.tensor(-2.0), torch.tensor(-5.0), beta=0.5, log_z=1.0).item() == 2.0  # ½ (−2 + 5 + 1)
     logps, ref_logps, _ = draw(4)
     for log_z in (torch.full((4,), -1.7), torch.tensor([0.0, 1.0, -2.0, 3.0])):  # a constant, or one a row
         expected = [0.3 * (a - b + c) for a, b, c in zip(logps.tolist(), ref_logps.tolist(), log_z.tolist())]
         assert implicit_reward(logps, ref_logps, 0.3, log_z).tolist() == pytest.approx(expected)
-
 
 @pytest.mark.parametrize("beta, log_z", [(0.1, 0.0), (0.5, 2.0), (1.0, -3.0)])
 def test_every_loss_is_its_equation(beta, log_z):
@@ -66,36 +59,14 @@ def test_every_loss_is_its_equation(beta, log_z):
         assert ulma_loss(*at, graded[i], beta, log_z, continuous=True).item() == pytest.approx(squared)
         assert unlikelihood_loss(logps[i], labels[i]).item() == pytest.approx(-logp if z else logp)
 
-
-def test_pairwise_dpo_is_its_equation_and_its_gradient():
+def test_pairwise_dpo_is_its_equation_and_gradient_and_log_z_cancels():
     (logps_w, ref_w, _), (logps_l, ref_l, _) = draw(seed=1), draw(seed=2)
     loss = dpo_loss(logps_w, logps_l, ref_w, ref_l, 0.3)
-    gaps = (0.3 * ((logps_w - ref_w) - (logps_l - ref_l))).tolist()
+    gaps = (implicit_reward(logps_w, ref_w, 0.3, 7.0) - implicit_reward(logps_l, ref_l, 0.3, 7.0)).tolist()
     assert loss.tolist() == pytest.approx([-math.log(sigma(gap)) for gap in gaps])
-    assert torch.autograd.grad(loss.sum(), logps_w, retain_graph=True)[0].tolist() == pytest.approx(
-        [-0.3 * sigma(-gap) for gap in gaps])  # −β σ(r_l − r_w) (∇_w − ∇_l)
-    assert grad(loss, logps_l) == pytest.approx([0.3 * sigma(-gap) for gap in gaps])
-
-
-def test_log_z_cancels_between_the_two_of_a_pair_but_not_in_one():
-    (logps_w, ref_w, _), (logps_l, ref_l, _) = draw(seed=1), draw(seed=2)
-    gap = implicit_reward(logps_w, ref_w, 0.3, 7.0) - implicit_reward(logps_l, ref_l, 0.3, 7.0)
-    torch.testing.assert_close(-gap.sigmoid().log(), dpo_loss(logps_w, logps_l, ref_w, ref_l, 0.3))
-    single = pointwise_dpo_loss(logps_w, ref_w, torch.ones(64), 0.3, 7.0)
-    assert not torch.allclose(single, pointwise_dpo_loss(logps_w, ref_w, torch.ones(64), 0.3))
-
-
-def test_hand_worked_values():
-    # π_θ = ½, π_ref = ⅛, β = ½, log Z = 0: r = ½ log 4 = log 2, σ(r) = ⅔. With log Z = log 4: r = log 4, σ(r) = ⅘.
-    logps, ref_logps = torch.tensor([0.5, 0.5]).double().log(), torch.tensor([0.125, 0.125]).double().log()
-    labels = torch.tensor([1, 0])
-    for loss, values in (
-            (pointwise_dpo_loss(logps, ref_logps, labels, 0.5), [math.log(3 / 2), math.log(3)]),
-            (ulma_loss(logps, ref_logps, labels, 0.5), [math.log(2), math.log(3)]),
-            (pointwise_dpo_loss(logps, ref_logps, labels, 0.5, 0.0, True), [(1 - math.log(2)) ** 2, math.log(2) ** 2]),
-            (pointwise_dpo_loss(logps, ref_logps, labels, 0.5, math.log(4)), [math.log(5 / 4), math.log(5)])):
-        assert loss.tolist() == pytest.approx(values)
-
+    gradients = torch.autograd.grad(loss.sum(), (logps_w, logps_l))  # −β σ(r_l − r_w) (∇_w − ∇_l)
+    assert gradients[0].tolist() == pytest.approx([-0.3 * sigma(-gap) for gap in gaps])
+    assert gradients[1].tolist() == pytest.approx([0.3 * sigma(-gap) for gap in gaps])
 
 def test_the_losses_are_those_of_the_authors_code():
     """On negatives −log σ(−βΔ − c), on positives −log σ(βΔ + c) or −log π; their constant c is β log Z here."""
@@ -106,22 +77,16 @@ def test_the_losses_are_those_of_the_authors_code():
     torch.testing.assert_close(pointwise, torch.where(labels == 1, positive, negative))
     torch.testing.assert_close(ulma_, torch.where(labels == 1, -logps, negative))
 
-
 @pytest.mark.parametrize("continuous", [False, True])
 @pytest.mark.parametrize("loss", LOSSES.values())
 def test_losses_are_unreduced_for_labels_of_any_type_and_any_shape(loss, continuous):
     logps, ref_logps, labels = draw()
-    expected = loss(logps, ref_logps, labels, 0.1, 0.0, continuous)
-    assert torch.equal(expected, loss(logps, ref_logps, labels, continuous=continuous))  # the defaults
-    for kind in (torch.bool, torch.int64, torch.float32):
-        assert torch.equal(expected, loss(logps, ref_logps, labels.to(kind), continuous=continuous))
-    tokens = loss(logps.view(8, 8), ref_logps.view(8, 8), labels.view(8, 8), continuous=continuous)
-    assert tokens.shape == (8, 8) and torch.equal(tokens.flatten(), expected)
-
+    expected = loss(logps, ref_logps, labels, 0.1, 0.0, continuous)  # the defaults
+    for kind, shape in itertools.product((torch.bool, torch.int64, torch.float32), ((64,), (8, 8))):
+        value = loss(logps.view(shape), ref_logps.view(shape), labels.to(kind).view(shape), continuous=continuous)
+        assert torch.equal(value, expected.view(shape))
 
 # ---- The gradients, with respect to log π_θ(y|x) --------------------------------------------------------------------
-
-
 def test_the_gradients_are_the_papers():
     """SFT −1; binary −β (z − σ(r)); continuous −2β (z − r); ULMA follows demonstrations without that brake."""
     logps, ref_logps, labels = draw()
@@ -135,21 +100,14 @@ def test_the_gradients_are_the_papers():
     unbraked = [-1.0 if z else g for z, g in zip(labels.tolist(), binary)]
     assert grad(ulma_loss(logps, ref_logps, labels, 0.3, 0.5), logps) == pytest.approx(unbraked)
 
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("loss", LOSSES.values())
-def test_gradients_stay_finite_for_log_ratios_of_ten_thousand(loss, dtype):
-    for ratio in (-1e4, 1e4):
-        for continuous in (False, True):
-            logps = torch.full((2,), ratio, dtype=dtype, requires_grad=True)
-            value = loss(logps, torch.zeros(2, dtype=dtype), torch.tensor([0, 1]), 1.0, continuous=continuous)
-            value.sum().backward()
-            assert value.isfinite().all() and logps.grad.isfinite().all()
-
+def test_gradients_stay_finite_for_log_ratios_of_ten_thousand(loss):
+    for dtype, ratio, continuous in itertools.product((torch.float32, torch.bfloat16), (-1e4, 1e4), (False, True)):
+        logps = torch.full((2,), ratio, dtype=dtype, requires_grad=True)
+        value = loss(logps, torch.zeros(2, dtype=dtype), torch.tensor([0, 1]), 1.0, continuous=continuous)
+        assert value.isfinite().all() and torch.tensor(grad(value, logps)).isfinite().all()
 
 # ---- The paper's claims ---------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("continuous", [False, True])
 def test_ulma_is_sft_on_demonstrations_and_pointwise_dpo_elsewhere(continuous):
     logps, ref_logps, _ = draw()
@@ -159,14 +117,6 @@ def test_ulma_is_sft_on_demonstrations_and_pointwise_dpo_elsewhere(continuous):
     for labels in (zeros, nearly):  # a binary label in between is not mixed
         preference = pointwise_dpo_loss(logps, ref_logps, labels, 0.2, 1.0, continuous)
         assert torch.equal(ulma_loss(logps, ref_logps, labels, 0.2, 1.0, continuous), preference)
-
-
-def test_where_policy_and_reference_agree_the_preference_term_is_log_2():
-    logps, _, labels = draw()
-    assert pointwise_dpo_loss(logps, logps.detach(), labels).tolist() == pytest.approx([math.log(2)] * 64)
-    negatives = ulma_loss(logps, logps.detach(), labels)[labels == 0].tolist()
-    assert negatives == pytest.approx([math.log(2)] * len(negatives))
-
 
 @pytest.mark.parametrize("continuous", [False, True])
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
@@ -178,9 +128,8 @@ def test_the_prior_log_z_zeroes_the_mean_coefficient_at_the_start(continuous, sh
         pull = sum(grad(pointwise_dpo_loss(logps, torch.zeros(60), labels, 0.3, log_z, continuous), logps))
         assert (abs(pull) < 1e-9) is balanced
 
-
 @pytest.mark.parametrize("continuous", [False, True])
-def test_the_optimum_of_alignment_is_recovered_with_the_true_log_z_alone(continuous, beta=0.5):
+def test_the_optimum_of_alignment_is_recovered_with_the_true_log_z(continuous, beta=0.5):
     """π* = π_ref exp(r/β) / Z over six responses against the minimum of the exact expected loss, float64."""
     ref = torch.tensor([0.30, 0.25, 0.20, 0.12, 0.08, 0.05], dtype=torch.float64)
     reward = torch.tensor([-1.0, 0.5, 1.5, -0.3, 0.9, 2.0], dtype=torch.float64)
@@ -204,9 +153,7 @@ def test_the_optimum_of_alignment_is_recovered_with_the_true_log_z_alone(continu
         distance = (logits.softmax(0) - ref * (reward / beta).exp() / z).abs().max()
         assert distance < 1e-6 if recovered else distance > 0.05
 
-
 # ---- Log-probabilities ----------------------------------------------------------------------------------------------
-
 TINY = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, head_dim=8, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 ARCHITECTURES = {  # several of these scale or cap their logits, in ways that change the result
@@ -215,16 +162,14 @@ ARCHITECTURES = {  # several of these scale or cap their logits, in ways that ch
     "cohere": {**TINY, "logit_scale": 0.25}, "granite": {**TINY, "logits_scaling": 3.0}}
 NO_DROPOUT = dict(attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)
 
-
 def tiny(name, **changes):
     """A random model of a few thousand weights, with logits far from uniform."""
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(name, **{**ARCHITECTURES[name], **changes})
+    config = transformers.AutoConfig.for_model(name, **{**ARCHITECTURES.get(name, {}), **changes})
     model = AutoModelForCausalLM.from_config(config)
     for parameter in model.get_output_embeddings().parameters():
         parameter.data *= 20
     return model
-
 
 def batch(prompts=(5, 1, 3, 7), responses=(4, 6, 1, 0)):
     """input_ids and response_mask, padded on the right, and the unpadded (prompt, response) rows."""
@@ -235,14 +180,12 @@ def batch(prompts=(5, 1, 3, 7), responses=(4, 6, 1, 0)):
     masks = [[0] * len(p) + [1] * len(r) + [0] * (width - len(p + r)) for p, r in rows]
     return torch.tensor(padded), torch.tensor(masks), rows
 
-
 def token_by_token(model, rows):
     """Σ log π(y_t | x, y_<t), each term from a forward pass of its own over an unpadded prefix."""
     def term(prefix, token):
         return model(input_ids=torch.tensor([prefix])).logits[0, -1].log_softmax(-1)[token]
 
     return torch.stack([sum((term(p + r[:t], r[t]) for t in range(len(r))), torch.zeros(())) for p, r in rows])
-
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_response_logps_is_the_sum_over_response_tokens_alone(name):
@@ -253,19 +196,8 @@ def test_response_logps_is_the_sum_over_response_tokens_alone(name):
     assert actual.dtype == torch.float32 and actual[3] == 0  # the last row has no response
     gradients = (torch.autograd.grad(total.sum(), list(model.parameters())) for total in (actual, expected))
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
-
-
-def test_the_type_of_the_mask_and_what_padding_holds_do_not_matter():
-    model = tiny("llama")
-    input_ids, response_mask, rows = batch()
-    expected = response_logps(model, input_ids, response_mask)
-    for kind in (torch.bool, torch.float32):
-        assert torch.equal(expected, response_logps(model, input_ids, response_mask.to(kind)))
-    noise = input_ids.clone()
-    for i, (prompt, response) in enumerate(rows):
-        noise[i, len(prompt + response):] = 7
-    assert torch.equal(expected, response_logps(model, noise, response_mask))
-
+    noise = torch.where(torch.arange(input_ids.shape[1]) < torch.tensor([[9], [7], [4], [7]]), input_ids, 7)
+    assert torch.equal(actual, response_logps(model, noise, response_mask.bool()))  # padding may hold anything
 
 def test_the_output_head_never_sees_a_prompt_or_padding_position():
     model, seen = tiny("qwen3"), []
@@ -275,41 +207,21 @@ def test_the_output_head_never_sees_a_prompt_or_padding_position():
     assert seen == [response_mask.sum()]
     assert model(input_ids=input_ids).logits.shape[:2] == input_ids.shape  # and afterwards the model is as it was
 
-
-def test_gradient_checkpointing_and_frozen_heads_change_nothing():
-    model, grads = tiny("llama").train(), []
-    input_ids, response_mask, _ = batch()
-    model.get_output_embeddings().weight.requires_grad_(False)
-    for _ in range(2):
-        model.zero_grad()
-        response_logps(model, input_ids, response_mask).sum().backward()
-        grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
-        model.activation_checkpointing_enable()
-    assert model.is_activation_checkpointing
-    torch.testing.assert_close(*grads)
-
-
 # ---- Rows for the tests below ---------------------------------------------------------------------------------------
-
-
 def write(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
-
 def point(i, label=1, **more):
     return {"prompt": f"Question {i}?", "completion": f" Answer {i}.", "label": label, **more}
-
 
 def message(role, content):
     return {"role": role, "content": content}
 
-
 @functools.cache
 def base_tokenizer():
     return AutoTokenizer.from_pretrained(HERE / "data" / "base")
-
 
 def stand_in(folder, name="llama", tokenizer=None, dtype=torch.float32, **changes):
     """A folder as from the hub: a random model and its tokenizer."""
@@ -318,18 +230,14 @@ def stand_in(folder, name="llama", tokenizer=None, dtype=torch.float32, **change
     tokenizer.save_pretrained(folder)
     return folder
 
-
 def weights(folder):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
-
 
 def flat(state):
     return torch.cat([value.flatten() for value in state.values()])
 
-
 RATED = [{"prompt": f"Question {i % 3}?", "completion": f" Answer {i}{' and more' * (i % 4)}.", "label": int(i % 3 == i // 3),
           "score": [0.0, 0.3, 1.0][(i + i // 3) % 3]} for i in range(10)]
-
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory):
@@ -341,7 +249,6 @@ def small(tmp_path_factory):
                                            for i, row in enumerate(RATED[:3])])
     return folder
 
-
 @pytest.fixture(scope="session")
 def run(small, tmp_path_factory):
     """run(flags): the metrics and the output folder of a run of a second."""
@@ -352,11 +259,9 @@ def run(small, tmp_path_factory):
         return ulma.main([*map(str, defaults), *map(str, flags)]), out
     return call
 
-
 @pytest.fixture(scope="session")
 def finished(run):
     return run("--method", "pointwise-dpo", "--gradient-checkpointing", "--epochs", 8)
-
 
 def error_of(capsys, call, *flags):
     """The one line that a user's mistake gets."""
@@ -367,9 +272,7 @@ def error_of(capsys, call, *flags):
     assert stop.value.code == 2 and len(lines) == 1
     return lines[0]
 
-
 # ---- From the option to the weights, through main alone -------------------------------------------------------------
-
 PAPER = {  # the loss of a row, or of a pair, by the paper: d is log π_θ − log π_ref, c is β log Z
     "ulma": lambda logp, d, z, b, c: -logp if z == 1 else -logsigmoid(-(b * d + c)),
     "pointwise-dpo": lambda logp, d, z, b, c: -logsigmoid(b * d + c) if z == 1 else -logsigmoid(-(b * d + c)),
@@ -378,7 +281,6 @@ PAPER = {  # the loss of a row, or of a pair, by the paper: d is log π_θ − l
     "dpo": lambda chosen, rejected, b: -logsigmoid(b * (chosen - rejected)),
     "ulma --continuous": lambda logp, d, z, b, c: -logp if z == 1 else (z - b * d - c) ** 2,
     "pointwise-dpo --continuous": lambda logp, d, z, b, c: (z - b * d - c) ** 2}
-
 
 @pytest.fixture
 def watched(monkeypatch, run):
@@ -397,7 +299,6 @@ def watched(monkeypatch, run):
         return steps, [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()], results, out
     return call
 
-
 def naive_logp(model, row):
     """log π(y|x) of one row without padding."""
     tokenizer = base_tokenizer()
@@ -405,7 +306,6 @@ def naive_logp(model, row):
     ids = torch.tensor(prompt + tokenizer(row["completion"]).input_ids + [tokenizer.eos_token_id])
     logps = model(input_ids=ids[None]).logits[0].log_softmax(-1)
     return sum(logps[t - 1, ids[t]] for t in range(len(prompt), len(ids)))
-
 
 def naive_loss(method, model, reference, beta=0.7):
     """The mean of the paper's loss over all of RATED, and the mean rewards of positives and of negatives."""
@@ -423,9 +323,8 @@ def naive_loss(method, model, reference, beta=0.7):
     rewards = [[(beta * d + c).item() for d, row in zip(deltas, RATED) if row["label"] == z] for z in (1, 0)]
     return sum(losses) / len(losses), [sum(r) / len(r) for r in rewards]
 
-
 @pytest.mark.parametrize("method", PAPER)
-def test_a_steps_gradient_and_log_are_those_of_the_mean_of_the_papers_loss(watched, small, method):
+def test_a_steps_gradient_and_log_are_those_of_the_papers_mean_loss(watched, small, method):
     steps, log, _, _ = watched("--method", *method.split())
     model, losses = AutoModelForCausalLM.from_pretrained(small / "model"), []
     reference = copy.deepcopy(model)
@@ -445,7 +344,6 @@ def test_a_steps_gradient_and_log_are_those_of_the_mean_of_the_papers_loss(watch
         assert log[0]["reward_negative"] == pytest.approx(means[1], rel=1e-3)
         assert log[0]["reward_positive"] == (None if method == "ulma" else pytest.approx(means[0], rel=1e-3))
 
-
 def test_rewards_are_measured_against_the_initial_model_or_the_reference(finished, run, small):
     results, out = finished
     model, reference = (AutoModelForCausalLM.from_pretrained(folder) for folder in (out, small / "model"))
@@ -457,7 +355,6 @@ def test_rewards_are_measured_against_the_initial_model_or_the_reference(finishe
     assert again == pytest.approx(results["after"])
     assert run("--eval-only", "--model", out)[0]["eval"]["reward_auc"] is None
 
-
 def test_with_a_reference_of_its_own_training_starts_elsewhere(watched, finished, small):
     steps, log, results, _ = watched("--method", "pointwise-dpo", "--model", finished[1], "--reference", small / "model")
     model, reference = (AutoModelForCausalLM.from_pretrained(folder) for folder in (finished[1], small / "model"))
@@ -466,10 +363,8 @@ def test_with_a_reference_of_its_own_training_starts_elsewhere(watched, finished
     assert (steps[0][1] - expected).norm() < 1e-3 * expected.norm()
     assert results["before"] == pytest.approx(finished[0]["after"])
 
-
 def test_pairwise_dpo_raises_chosen_over_rejected(run):
     assert run("--method", "dpo", "--epochs", 20)[0]["after"]["reward_auc"] == 1
-
 
 def test_the_reference_is_read_once_and_for_rows_whose_loss_needs_it(run, monkeypatch):
     seen, original = [], ulma.compute_logps
@@ -480,13 +375,6 @@ def test_the_reference_is_read_once_and_for_rows_whose_loss_needs_it(run, monkey
         [labels] = [labels for name, labels in seen if name == "ref_logp"]
         assert [labels.count(z) for z in (1, 0)] == [positives, negatives]
         seen.clear()
-
-
-def test_gradient_accumulation_gives_the_gradient_of_the_whole_batch(run, small):
-    start, whole, parts = (flat(weights(folder)) for folder in (
-        small / "model", run("--batch-size", 10)[1], run("--batch-size", 3, "--gradient-accumulation", 4)[1]))
-    assert (whole - parts).norm() < 0.01 * (whole - start).norm()
-
 
 def test_bfloat16_stays_near_float32_in_log_probabilities_and_training(run, small):
     options = ulma.Options(bf16=True, max_length=64)
@@ -499,23 +387,17 @@ def test_bfloat16_stays_near_float32_in_log_probabilities_and_training(run, smal
     start, one, two = (flat(weights(folder)) for folder in (small / "model", run()[1], run("--bf16")[1]))
     assert 0 < (one - two).norm() < 0.2 * (one - start).norm()
 
-
 # ---- Data -----------------------------------------------------------------------------------------------------------
-
-
 def load(data, tokenizer=None, **options):
     return ulma.load_rows(ulma.Options(data=str(data), **options), tokenizer or base_tokenizer())
 
-
 def texts(rows):
     return [(row.prompt, row.completion, row.label) for row in rows]
-
 
 PROMPT = "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Bye\n\nAssistant:"
 CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 CHAT = [message("user", "Hi"), message("assistant", "Hello!"), message("user", "Bye")]
-
 
 @pytest.mark.parametrize("record", [
     {"prompt": PROMPT, "chosen": " Good.", "rejected": ""}, {"chosen": f"{PROMPT} Good.", "rejected": PROMPT}])
@@ -524,7 +406,6 @@ def test_a_pair_becomes_two_pointwise_rows(tmp_path, record):
     write(tmp_path / "test.jsonl", [record])
     for part in load(tmp_path):
         assert texts(part) == [(PROMPT, " Good.", 1), (PROMPT, "", 0)]
-
 
 def chat_tokenizer(template=CHATML, **special):
     """data/base's tokenizer with a chat template and the special tokens of such models."""
@@ -535,7 +416,6 @@ def chat_tokenizer(template=CHATML, **special):
         tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
             single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
     return tokenizer
-
 
 @pytest.mark.parametrize("special, template", [({}, CHATML), ({"bos_token": "<s>"}, "{{ bos_token }}" + CHATML)])
 @pytest.mark.parametrize("columns", [
@@ -552,7 +432,6 @@ def test_a_conversation_goes_through_the_chat_template(tmp_path, columns, specia
         assert tokenizer.decode(row.input_ids[row.rated]) == text
         assert row.prompt_length == (~row.rated).sum()
 
-
 def test_files_folders_configurations_and_formats_hold_the_same_rows(tmp_path):
     rows = [point(i, i % 2) for i in range(20)]
     write(tmp_path / "file.jsonl", rows)
@@ -567,20 +446,18 @@ def test_files_folders_configurations_and_formats_hold_the_same_rows(tmp_path):
     write(tmp_path / "folder" / "one" / "train.jsonl", rows[:9])  # an edited file is read anew
     assert len(sum(load(tmp_path / "folder", data_config="odd"), [])) == 9
 
-
 def test_a_data_set_from_the_hub_is_read_by_name_and_its_rows_named(monkeypatch):
     def hub(path, name, data_dir):
         assert (path, name, data_dir) == ("someone/rows", "graded", None)
-        return datasets.DatasetDict({split: datasets.Dataset.from_list([point(i, labels[i]) for i in range(3)])
-                                     for split in ("train", "test")})
+        rows = datasets.Dataset.from_list([point(0), point(1, 0), point(2, bad)])
+        return datasets.DatasetDict({"train": rows, "test": rows})
 
     monkeypatch.setattr(datasets, "load_dataset", hub)
-    labels = [1, 0, 1]
-    assert [[row.label for row in part] for part in load("someone/rows", data_config="graded")] == [labels, labels]
-    labels[2] = 7
+    bad = 1
+    assert [[row.label for row in part] for part in load("someone/rows", data_config="graded")] == [[1, 0, 1]] * 2
+    bad = 7
     with pytest.raises(ulma.Mistake, match="someone/rows, train row 3: the label is 7"):
         load("someone/rows", data_config="graded")
-
 
 def test_only_test_rows_need_references_and_evaluation_only_a_test_split(run, tmp_path):
     write(tmp_path / "test.jsonl", [point(i, i % 2, references=[" Yes."] * i) for i in range(4)])
@@ -588,14 +465,12 @@ def test_only_test_rows_need_references_and_evaluation_only_a_test_split(run, tm
     write(tmp_path / "train.jsonl", [point(i) for i in range(4)])
     assert [len(row.references) for row in load(tmp_path)[1]] == [0, 1, 2, 3]
 
-
 def test_without_a_test_split_a_seeded_tenth_of_the_prompts_is_held_out(tmp_path):
     path = write(tmp_path / "rows.jsonl", [point(i % 50, label=i % 2) for i in range(200)])
     (train_rows, test_rows), again, other = load(path), load(path), load(path, seed=1)
     train_prompts, test_prompts = ({row.prompt for row in part} for part in (train_rows, test_rows))
     assert len(train_prompts) == 45 and len(test_prompts) == 5 and not train_prompts & test_prompts
     assert texts(again[1]) == texts(test_rows) != texts(other[1])
-
 
 def words(opens=False, closes=False):
     """A tokenizer to which the word "7" is token 7; <bos> is 1, <eos> 2, and it may open and close texts with them."""
@@ -607,12 +482,10 @@ def words(opens=False, closes=False):
     return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>",
                                                 **{"bos_token": "<bos>"} if opens else {})
 
-
 def tokenized(prompt, completion, tokenizer, max_length):
     row = ulma.Row(prompt, completion, 1.0, [], None)
     ulma.tokenize([row], tokenizer, max_length)
     return row.input_ids[~row.rated].tolist(), row.input_ids[row.rated].tolist()
-
 
 @pytest.mark.parametrize("max_length, prompt, response", [
     (8, [10, 11, 12, 13], [20, 21, 22, 2]), (7, [11, 12, 13], [20, 21, 22, 2]), (5, [12, 13], [20, 21, 22]),
@@ -622,7 +495,6 @@ def test_prompts_lose_their_start_and_completions_their_end(max_length, prompt, 
     with_bos = [1, *prompt[1:]] if len(prompt) < 4 else [1, 11, 12, 13]
     assert tokenized("10 11 12 13 ", "20 21 22", words(opens=True), max_length) == (with_bos, response)
 
-
 @pytest.mark.parametrize("opens, closes", [(True, False), (True, True), (False, True), (False, False)])
 @pytest.mark.parametrize("prompt", ["10 11 ", "<bos> 10 11 "])
 @pytest.mark.parametrize("completion, ids", [("20", [20, 2]), ("20 <eos>", [20, 2]), ("", [2])])
@@ -630,14 +502,12 @@ def test_bos_appears_once_and_eos_closes_the_response_alone(opens, closes, promp
     bos = [1] * (opens or "bos" in prompt)
     assert tokenized(prompt, completion, words(opens, closes), 9) == ([*bos, 10, 11], ids)
 
-
 def test_a_token_that_spans_the_boundary_belongs_to_the_response():
     assert tokenized("10 1", "1 20", words(), 9) == ([10], [11, 20, 2])
     with pytest.raises(ulma.Mistake, match="no token of its own"):
         tokenized("1", "1 20", words(), 9)
 
-
-def test_batches_hold_every_row_once_in_an_order_of_the_seed_and_alike_in_length():
+def test_batches_hold_every_row_once_in_seeded_order_alike_in_length():
     rng = random.Random(0)
     rows = [ulma.Row(str(i), "", 1.0, [], None, input_ids=torch.zeros(rng.randrange(5, 500))) for i in range(1003)]
     batches, again, other = (ulma.bucketed_batches(rows, 8, random.Random(seed)) for seed in (1, 1, 2))
@@ -647,25 +517,19 @@ def test_batches_hold_every_row_once_in_an_order_of_the_seed_and_alike_in_length
     padded = sum(len(batch) * max(len(row.input_ids) for row in batch) for batch in batches)
     assert padded < 1.1 * sum(len(row.input_ids) for row in rows)
 
-
 def test_the_embedded_rows_are_what_their_script_writes():
     sys.path.insert(0, str(HERE / "data"))
     import make_data
+    train, test = make_data.split()
     made = {"train": make_data.train_rows(random.Random(make_data.SEED)),
-            "test": make_data.test_rows(random.Random(make_data.SEED + 1), make_data.split()[1])}
+            "test": make_data.test_rows(random.Random(make_data.SEED + 1), test)}
     for split, rows in made.items():
         assert (HERE / "data" / f"{split}.jsonl").read_bytes() == make_data.lines(rows).encode()
-        assert all(row["label"] == (row["score"] >= 0.8) and (row["score"] == 1) == (row["kind"] == "full") for row in rows)
     assert all((row["completion"] in row["references"]) == row["label"] for row in made["test"])
-    train, test = make_data.split()
     assert not any(set(train[verb]) & set(test[verb]) for verb in make_data.VERBS)  # no test combination is trained on
     assert {row["group"] for row in made["train"] if row["label"]} == {"demonstrated"}
-    assert {row["type"] for row in made["train"] if not row["label"]} == set(make_data.VERBS)
-
 
 # ---- Evaluation -----------------------------------------------------------------------------------------------------
-
-
 def test_reward_auc_is_the_share_of_pairs_in_order_with_ties_a_half():
     def auc(scores, labels):
         return concordance(torch.tensor(scores), torch.tensor(labels))
@@ -674,13 +538,11 @@ def test_reward_auc_is_the_share_of_pairs_in_order_with_ties_a_half():
     assert auc([1.0, 3.0, 2.0, 2.0], [1.0, 0.5, 0.5, 0.0]) == (0 + 0 + 0 + 1 + 0.5) / 5  # equal labels are no pair
     assert auc([1.0, 2.0], [1, 1]) is None
 
-
 def test_perplexity_is_a_token_and_of_demonstrations_alone(run, small):
     model = AutoModelForCausalLM.from_pretrained(small / "model")
     [row] = [row for row in RATED[:3] if row["label"]]
     tokens = len(base_tokenizer()(row["completion"]).input_ids) + 1
     assert run("--eval-only")[0]["eval"]["perplexity"] == pytest.approx(math.exp(-naive_logp(model, row).item() / tokens))
-
 
 def test_exact_match_counts_the_completions_that_are_references(run, tmp_path, monkeypatch):
     answers = {"Question 0?": " Yes.", "Question 1?": "Yes. ", "Question 2?": " No."}
@@ -697,8 +559,7 @@ def test_exact_match_counts_the_completions_that_are_references(run, tmp_path, m
     assert metrics["exact_match"] == pytest.approx(2 / 3)
     assert metrics["exact_match/a"] == 1 and metrics["exact_match/b"] == 0
 
-
-def test_samples_come_from_the_policy_itself_whatever_the_models_own_defaults(run, small, tmp_path):
+def test_samples_come_from_the_policy_whatever_the_models_own_defaults(run, small, tmp_path):
     shutil.copytree(small / "model", tmp_path / "model")
     odd = transformers.GenerationConfig(do_sample=True, top_k=1, temperature=0.1, repetition_penalty=9.0, eos_token_id=1)
     odd.save_pretrained(tmp_path / "model")
@@ -706,14 +567,11 @@ def test_samples_come_from_the_policy_itself_whatever_the_models_own_defaults(ru
                   for folder in (small / "model", tmp_path / "model"))
     assert plain == odd and len(json.loads(plain.splitlines()[0])["eval"]) == ulma.SAMPLES
 
-
 # ---- Models ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("name, rates", [("gpt2", {"attn_pdrop": 0.5, "resid_pdrop": 0.5, "embd_pdrop": 0.5}),
                                          ("llama", {"attention_dropout": 0.5})])
-def test_a_model_in_bfloat16_and_shards_is_trained_in_float32_without_dropout(run, tmp_path, name, rates, tied):
+def test_a_model_in_bfloat16_shards_is_trained_in_float32_without_dropout(run, tmp_path, name, rates, tied):
     tokenizer = chat_tokenizer(None)
     tokenizer.pad_token = None
     folder = stand_in(tmp_path / "model", name, tokenizer, torch.bfloat16, tie_word_embeddings=tied, **rates)
@@ -724,21 +582,9 @@ def test_a_model_in_bfloat16_and_shards_is_trained_in_float32_without_dropout(ru
     assert all(value.isfinite().all() and torch.equal(value, twin[key]) for key, value in after.items())
     assert AutoModelForCausalLM.from_pretrained(out, dtype="auto").dtype == torch.float32
 
-
-def encoder(folder):
-    stand_in(folder)
-    transformers.BertForMaskedLM(transformers.BertConfig(
-        initializer_range=0.5, vocab_size=768, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=32)).save_pretrained(folder)
-    for file in folder.glob("model*-of-*"):
-        file.unlink()
-    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
-
-
 def without_a_head(folder):
     tiny("llama", vocab_size=768, tie_word_embeddings=False).model.save_pretrained(folder)
     base_tokenizer().save_pretrained(folder)
-
 
 def pickled(folder):
     stand_in(folder)
@@ -746,20 +592,17 @@ def pickled(folder):
         file.unlink()
     torch.save(tiny("llama", vocab_size=768).state_dict(), folder / "pytorch_model.bin")
 
-
 @pytest.mark.parametrize("make, told", [
-    (encoder, "decoder-only"), (without_a_head, "lm_head.weight"), (pickled, "safetensors"), (Path.mkdir, "tokenizer"),
-    (lambda folder: stand_in(folder, vocab_size=99), "an embedding of 99"),
+    (lambda folder: stand_in(folder, "bert", hidden_size=32, num_attention_heads=2, max_position_embeddings=99), "decoder-only"),
+    (without_a_head, "lm_head.weight"), (pickled, "safetensors"), (Path.mkdir, "tokenizer"),
+    (lambda folder: stand_in(folder, vocab_size=99), "more tokens than embeddings"),
     (lambda folder: stand_in(folder, max_position_embeddings=32), "it takes 32 tokens")])
 def test_a_model_that_cannot_be_trained_is_refused(run, tmp_path, capsys, make, told):
     make(tmp_path / "model")
     assert told in error_of(capsys, run, "--model", tmp_path / "model")
 
-
 # ---- Mistakes -------------------------------------------------------------------------------------------------------
-
 GOOD = json.dumps(point(1))
-
 
 @pytest.mark.parametrize("flags, told", [
     (("--beta", "0"), "--beta"), (("--max-length", "1"), "--max-length"), (("--log-z", "much"), "--log-z"),
@@ -771,7 +614,8 @@ GOOD = json.dumps(point(1))
         (GOOD.replace("prompt", "promt"), "promt, completion, label; needed are prompt"),
         (f'{GOOD}\n{GOOD.replace(": 1}", ": 2}")}', "train row 2: the label is 2"),
         (GOOD.replace(": 1}", ": 0.5}"), "--continuous"), (GOOD.replace(" Answer 1.", ""), "no completion"),
-        (GOOD.replace("Question 1?", ""), "no prompt"),
+        (GOOD.replace("Question 1?", ""), "no prompt"), (GOOD.replace('" Answer 1."', "5"), "no completion"),
+        (json.dumps(point(1, references="Yes.")), "a list of texts"),
         ('{"chosen": "Hi", "rejected": "\\n\\nAssistant: x"}', "Assistant:"),
         (json.dumps({"prompt": CHAT, "completion": CHAT[1:2], "label": 1}), "chat_template"),
         ("\n".join([GOOD] * 9), "needs rows of label 1 and")))])
@@ -781,7 +625,6 @@ def test_a_mistake_gets_one_line_that_names_it_and_nothing_is_written(run, capsy
         flags = ("--data", tmp_path / "rows.jsonl", "--output-dir", tmp_path / "out")
     assert told in error_of(capsys, run, *flags)
     assert not (tmp_path / "out").exists()
-
 
 def test_a_model_that_breaks_is_told_and_never_replaces_a_checkpoint(run, capsys, monkeypatch, tmp_path):
     clip, calls = torch.nn.utils.clip_grad_norm_, []
@@ -796,23 +639,13 @@ def test_a_model_that_breaks_is_told_and_never_replaces_a_checkpoint(run, capsys
     monkeypatch.undo()
     assert "--learning-rate" in error_of(capsys, run, "--learning-rate", 1e30)
 
-
 def test_ctrl_c_and_a_full_memory_are_told_in_one_line(run, capsys, monkeypatch):
     for error, told in ((KeyboardInterrupt, "the same command"), (torch.OutOfMemoryError, "--batch-size")):
         monkeypatch.setattr(ulma, "row_losses", lambda *_: (_ for _ in ()).throw(error))
         assert told in error_of(capsys, run)
 
-
-def test_nothing_unsafe():
-    source = (HERE / "ulma.py").read_text()
-    assert "trust_remote_code" not in source and source.count("torch.load(") == source.count("weights_only=True") == 1
-    assert source.count("AutoModelForCausalLM.from_pretrained(") == source.count("use_safetensors=True") == 1
-
-
 # ---- Interruptions, and several processes ---------------------------------------------------------------------------
-
 TORCHRUN = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
-
 
 def begin(small, out, *flags, launcher=()):
     """A run of 40 short steps in a process of its own, or in two."""
@@ -821,18 +654,15 @@ def begin(small, out, *flags, launcher=()):
     return subprocess.Popen([*map(str, command)], cwd=HERE, stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL,
                             env={**os.environ, "OMP_NUM_THREADS": "1"})
 
-
 def end(*processes):
     for process in processes:
         _, error = process.communicate()
         assert process.returncode == 0, error
 
-
 def wait_for(condition, process):
     while not condition():
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
-
 
 def figures(out):
     """What two runs of the same have in common: the log, but for times, and the metrics."""
@@ -840,32 +670,26 @@ def figures(out):
     metrics = json.loads((out / "metrics.json").read_text())
     return [{**line, "tokens_per_second": 0} for line in log], metrics["before"], metrics["after"]
 
-
 def same(one, other):
     mine, yours = weights(one), weights(other)
     assert all(torch.equal(mine[name], yours[name]) for name in mine) and figures(one) == figures(other)
     assert sorted(path.name for path in one.iterdir()) == sorted(path.name for path in other.iterdir())
 
-
 def test_a_run_killed_at_any_moment_ends_as_one_that_never_was(small, tmp_path):
     """KILLS=20 python -m pytest -k killed_at_any: so many kills at random moments; one if not told."""
-    kills, rng, never = int(os.environ.get("KILLS", 1)), random.Random(), tmp_path / "never"
+    never = tmp_path / "never"
     end(begin(small, never, "--save-steps", 1))
-    while kills:
-        out = tmp_path / f"run-{kills}"
+    for kill in range(int(os.environ.get("KILLS", 1))):
+        out = tmp_path / f"run-{kill}"
         process = begin(small, out, "--save-steps", 1)
         wait_for((out / "metrics.json").exists, process)
-        time.sleep(rng.uniform(0, 3))
+        time.sleep(random.uniform(0, 1.5))
         process.kill()
         process.communicate()
-        if "after" in json.loads((out / "metrics.json").read_text()):  # it had finished
-            shutil.rmtree(out)
-            continue
-        kills -= 1
-        print(sorted(f"{path.name} with {len(list(path.iterdir()))} file" for path in out.iterdir() if path.is_dir()))
-        end(begin(small, out, "--save-steps", 1))
+        if "after" not in json.loads((out / "metrics.json").read_text()):  # else it had finished
+            print("killed with", [path.name for path in out.iterdir() if path.is_dir()])
+            end(begin(small, out, "--save-steps", 1))
         same(out, never)
-
 
 def test_two_processes_equal_one_and_go_on_after_a_kill(small, tmp_path):
     """Pair-wise DPO on seven pairs: of the last batch of three, one process has one row, filled up."""
@@ -888,7 +712,6 @@ def test_two_processes_equal_one_and_go_on_after_a_kill(small, tmp_path):
         assert mine["reward_negative"] == pytest.approx(yours["reward_negative"], rel=1e-3, abs=1e-5)
     assert figures(one)[2]["perplexity"] == pytest.approx(figures(two)[2]["perplexity"], rel=1e-4)
 
-
 @pytest.fixture
 def stopped(run, monkeypatch, capsys, tmp_path):
     """The folder of a run whose disk is full at the third checkpoint."""
@@ -907,7 +730,6 @@ def stopped(run, monkeypatch, capsys, tmp_path):
     monkeypatch.undo()
     return tmp_path / "out"
 
-
 def test_the_same_command_goes_on_and_any_other_is_refused(stopped, run, capsys, finished):
     again = "--save-steps", 1, "--output-dir", stopped
     assert [path.name for path in stopped.glob("checkpoint-*")] == ["checkpoint-2"]
@@ -917,13 +739,11 @@ def test_the_same_command_goes_on_and_any_other_is_refused(stopped, run, capsys,
     same(stopped, never)
     assert "another's" in error_of(capsys, run, *again)
 
-
 class Harmful:
     def __reduce__(self):
         return os.mkdir, ("harm",)
 
-
-def test_a_checkpoint_of_other_data_or_processes_or_that_runs_code_is_refused(stopped, run, capsys, monkeypatch, small):
+def test_a_checkpoint_of_other_data_or_processes_or_with_code_is_refused(stopped, run, capsys, monkeypatch, small):
     file = stopped / "checkpoint-2" / "0-of-1.pt"
     state, flags = torch.load(file, weights_only=True), ("--save-steps", 1, "--output-dir", stopped)
     torch.save({**state, "steps": 99}, file)
@@ -934,10 +754,7 @@ def test_a_checkpoint_of_other_data_or_processes_or_that_runs_code_is_refused(st
     file.rename(file.with_name("1-of-2.pt"))
     assert "0-of-1.pt" in error_of(capsys, run, *flags)
 
-
 # ---- What the README says -------------------------------------------------------------------------------------------
-
-
 def test_the_readmes_command_aligns_the_embedded_model(tmp_path):
     command = [sys.executable, "ulma.py", "--method", "ulma", "--output-dir", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
@@ -949,3 +766,15 @@ def test_the_readmes_command_aligns_the_embedded_model(tmp_path):
     assert after["reward_auc"] > 0.95 and after["perplexity"] < before["perplexity"]
     assert [results["options"][name] for name in ("beta", "learning_rate", "epochs")] == [3, 3e-4, 5]  # else the paper's
     assert "exact_match/demonstrated" in done.stdout and "saved to" in done.stdout
+
+def test_the_readmes_trainer_has_ulmas_loss_with_accumulation(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").symlink_to(HERE / "data")
+    [snippet] = re.findall(r"```python\n(import torch\n.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    assert len(snippet.splitlines()) <= 30
+    names, base = {}, AutoModelForCausalLM.from_pretrained(HERE / "data" / "base")
+    exec(snippet, names)
+    losses = [entry["loss"] for entry in names["trainer"].state.log_history if "loss" in entry]
+    prompt, text, _ = names["rows"][0]
+    first = (-naive_logp(base, {"prompt": prompt, "completion": text}).item() + math.log(2)) / 2
+    assert losses[0] == pytest.approx(first, rel=1e-3) and losses[-1] < losses[0]

@@ -1,16 +1,15 @@
-# SPDX-License-Identifier: MIT
 """ULMA: Unified Language Model Alignment with Human Demonstration and Point-wise Preference, in one file.
 
 Cai et al., arXiv 2312.02554, to be read with the paper in the other window. The first half is the paper, in its order;
-below a line that says so comes what any such program needs: data, processes, models, checkpoints, options. --help lists
-the options. With --save-steps, an interrupted run goes on when the same command is given again.
+below a line that says so comes what any such program needs: data, processes, models, checkpoints, options (--help).
+With --save-steps, an interrupted run goes on when the same command is given again. SPDX-License-Identifier: MIT
 
     python ulma.py --method ulma --output-dir runs/first                  # on data/, offline, in under a minute
     python ulma.py --eval-only --model runs/first --reference data/base   # any model, against any reference
     python ulma.py --model Qwen/Qwen2.5-0.5B --data Anthropic/hh-rlhf --data-dir harmless-base
     torchrun --nproc-per-node 8 ulma.py --model ... --data ...            # the same on eight GPUs
 """
-import json, math, os, random, shutil, sys, tempfile, time
+import gc, json, math, os, random, shutil, sys, tempfile, time
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -29,7 +28,7 @@ from transformers.hf_argparser import HfArg, HfArgumentParser
 
 # ---- Losses ---------------------------------------------------------------------------------------------------------
 # Pure functions of tensors, unreduced. logps is log π_θ(y|x), ref_logps log π_ref(y|x), in nats, labels z.
-# All have one shape, usually (B,), an element for a response; spans or tokens do as well. They need torch alone.
+# All have one shape, usually (B,), an element for a response; an element may as well be a token. They need torch alone.
 
 
 def implicit_reward(logps, ref_logps, beta=0.1, log_z=0.0):
@@ -49,7 +48,7 @@ def sft_loss(logps):
 def pointwise_dpo_loss(logps, ref_logps, labels, beta=0.1, log_z=0.0, continuous=False):
     """Point-wise DPO. Binary: −z log σ(r_θ) − (1−z) log(1 − σ(r_θ)). Continuous: (z − r_θ)².
 
-    labels may be bool, int or float; they are 0 or 1 for the binary loss, any real number for the continuous one.
+    labels may be bool, int or float: 0 or 1, or in between a probability, for the binary loss, any for the continuous.
     """
     reward = implicit_reward(logps, ref_logps, beta, log_z)
     z = labels.to(logps.dtype)
@@ -72,8 +71,8 @@ def prior_log_z(mean_label, beta=0.1, continuous=False):
     """A log Z(x) for when the true one is unknown: the one that makes r_θ predict the mean label where π_θ = π_ref.
 
     So β log Z = logit(mean label), or the mean label for the continuous loss: the intercept of a regression of z on the
-    log-ratio, which is 0 on every row at the start. On balanced binary labels it is 0, as in the authors' code. Derived
-    for point-wise DPO; ULMA, whose preference term sees no positives, borrows it.
+    log-ratio (which is 0 on every row at the start). On balanced binary labels that is 0, as in the authors' code.
+    Derived for point-wise DPO; ULMA, whose preference term sees no positives, borrows it.
     """
     if continuous:
         return mean_label / beta
@@ -101,30 +100,31 @@ def response_logps(model, input_ids, response_mask):
     with none gives 0. The model is any decoder-only one of transformers: its own forward scales or caps the logits.
     """
     # The logits at t predict token t + 1. With a mask that is on the CPU nothing here waits for the GPU.
-    row, at = response_mask[:, 1:].nonzero().to(input_ids.device, non_blocking=True).T
+    row, before = response_mask[:, 1:].nonzero().to(input_ids.device, non_blocking=True).unbind(1)
     # Most of the memory goes into logits: let the output head see only the N positions that count.
-    head = getattr(model, "module", model).get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda module, args: args[0][row, at].unsqueeze(0))
+    head = getattr(model, "module", model).get_output_embeddings()  # .module: where a Trainer wraps it
+    hook = head.register_forward_pre_hook(lambda module, args: args[0][row, before].unsqueeze(0))
     try:
         logits = model(input_ids=input_ids, use_cache=False).logits.squeeze(0)  # (N, V)
     finally:
         hook.remove()
-    token_logps = -F.cross_entropy(logits.float(), input_ids[row, at + 1], reduction="none")
+    token_logps = -F.cross_entropy(logits.float(), input_ids[row, before + 1], reduction="none")
     return token_logps.new_zeros(len(input_ids)).index_add(0, row, token_logps)
 
 
 # ---- Training -------------------------------------------------------------------------------------------------------
 # A Row (see Data) is a rated response: `rated` tells which of its `input_ids` count, `label` is z, and `ref_logp` is
-# log π_ref(y|x), None where no loss reads it. In pair-wise DPO, `rejected` is the Row that it was chosen over.
+# log π_ref(y|x), None where no loss reads it. In pair-wise DPO, `rejected` is the Row it was chosen over. Of several
+# processes (WORLD), each takes its share of a batch, and gather puts together what all have; one alone takes it whole.
 
 
 def row_losses(model, rows, options):
     """The loss of --method for each row: (len(rows),). Leaves r_θ in row.reward, for the log."""
-    rated = responses(rows)  # in pair-wise DPO the chosen ones, and behind them the rejected ones
-    logps = batch_logps(model, rated)
-    ref_logps = torch.tensor([row.ref_logp or 0.0 for row in rated]).to(logps.device, non_blocking=True)
-    labels = torch.tensor([row.label for row in rated]).to(logps.device, non_blocking=True)
-    for row, reward in zip(rated, implicit_reward(logps.detach(), ref_logps, options.beta, options.log_z)):
+    both = responses(rows)  # in pair-wise DPO the chosen ones, and behind them the rejected ones; else just the rows
+    logps = batch_logps(model, both)
+    ref_logps = torch.tensor([row.ref_logp or 0.0 for row in both]).to(logps.device, non_blocking=True)  # 0: not read
+    labels = torch.tensor([row.label for row in both]).to(logps.device, non_blocking=True)
+    for row, reward in zip(both, implicit_reward(logps.detach(), ref_logps, options.beta, options.log_z)):
         row.reward = reward
 
     if options.method == "sft":
@@ -152,19 +152,18 @@ def train(model, rows, options, out):
     total_loss, seen, logged = 0.0, [], done  # since the last line of the log, which was at step `logged`
     samples, tokens, start = 0, 0, time.perf_counter()
     model.train()  # with dropout at 0 (see load_model), so that π_θ starts at π_ref
-
-    for step, batches in enumerate(tqdm(plan[done:], "train", len(plan), initial=done, unit="step"), done + 1):
-        size = sum(len(batch) for batch in batches)
+    steps = tqdm(plan[done:], "train", len(plan), initial=done, unit="step", disable=RANK > 0)
+    for step, batches in enumerate(steps, done + 1):
         for batch in batches:
-            mine, weights = share(batch)
+            mine, weights = share(batch)  # weight 0: only there to fill up the share
             losses = row_losses(model, mine, options) * weights.to(model.device, non_blocking=True)
-            loss = losses.sum() / size  # so that batches and processes add up to the mean over the step
+            loss = losses.sum() / sum(map(len, batches))  # batches and processes add up to the mean over the step
             (loss * WORLD).backward()  # FSDP takes the mean over the processes
             total_loss += loss.detach()
             samples += len(responses(batch))
             tokens += sum(len(row.input_ids) for row in responses(batch))
-            real = responses(mine[:int(weights.sum())])
-            seen += [(row.label, row.reward) for row in real if row.ref_logp is not None]
+            counted = responses(mine[:int(weights.sum())])
+            seen += [(row.label, row.reward) for row in counted if row.ref_logp is not None]
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         line = {"step": step, "learning_rate": schedule.get_last_lr()[0]}
         optimizer.step()
@@ -194,18 +193,18 @@ def train(model, rows, options, out):
 @torch.no_grad()
 def sample(model, tokenizer, rows, options, title):
     """Draws completions of the rows' prompts at temperature 1, that is from π_θ itself: lists in row.samples[title]."""
-    lengths = [len(ids) for row in rows if row.references for ids in tokenizer(row.references).input_ids]
-    new_tokens = min(max(lengths, default=62) + 2, options.max_length // 2)
+    lengths = [len(ids) + 2 for row in rows if row.references for ids in tokenizer(row.references).input_ids]
     torch.manual_seed(options.seed + RANK)
     rows = sorted(rows, key=lambda row: row.prompt_length, reverse=True)
-    for batch in tqdm(chunks(rows, 8 * options.batch_size * WORLD), f"{title}: generation", unit="batch"):
-        prompts = [row.input_ids[:row.prompt_length][new_tokens - options.max_length:] for row in share(batch)[0]]
+    for batch in tqdm(chunks(rows, 8 * options.batch_size * WORLD), f"{title}: generation", disable=RANK > 0):
+        prompts = [row.input_ids[:row.prompt_length] for row in share(batch)[0]]
         inputs = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
+        length = inputs["input_ids"].shape[1]
         output = model.generate(
             **inputs, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0,  # all neutral
-            num_return_sequences=SAMPLES, max_new_tokens=new_tokens, eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id, synced_gpus=WORLD > 1)
-        texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+            num_return_sequences=SAMPLES, max_new_tokens=min(max(lengths, default=64), options.max_length - length),
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, synced_gpus=WORLD > 1)
+        texts = tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
         for row, completions in zip(batch, gather(chunks(texts, SAMPLES))):
             row.samples[title] = completions
 
@@ -231,14 +230,14 @@ def evaluate(model, tokenizer, rows, options, title):
     if title == "before" and not options.reference:  # the model still is the reference
         for row in rows:
             row.ref_logp = row.logp
-    rated = [row for row in rows if row.ref_logp is not None]
-    log_ratios = torch.tensor([row.logp - row.ref_logp for row in rated])  # in the order of r_θ, whatever β and log Z
-    metrics["reward_auc"] = concordance(log_ratios, torch.tensor([row.label for row in rated]))
+    compared = [row for row in rows if row.ref_logp is not None]
+    log_ratios = torch.tensor([row.logp - row.ref_logp for row in compared])  # ordered as r_θ
+    metrics["reward_auc"] = concordance(log_ratios, torch.tensor([row.label for row in compared]))
 
-    asked = list({row.prompt: row for row in rows}.values())
+    asked = list({row.prompt: row for row in rows}.values())  # a row of each prompt
     with_references = [row for row in asked if row.references]
     sample(model, tokenizer, with_references or asked[:SAMPLES], options, title)
-    hits = defaultdict(list, exact_match=[])
+    hits = defaultdict(list, exact_match=[])  # of no row, if none has references
     for row in with_references:
         references = [text.strip() for text in row.references]
         found = [text.strip() in references for text in row.samples[title]]
@@ -255,16 +254,15 @@ def report(results, rows):
         values = [metrics[name] for metrics in results.values()]
         print(f"{name:28}" + "".join("     n/a" if value is None else f"{value:8.3f}" for value in values))
     sampled = [row for row in rows if row.samples]
-    for row in sampled[::math.ceil(len(sampled) / SAMPLES)]:
+    for row in sampled[::math.ceil(len(sampled) / SAMPLES) or 1]:
         print("\n" + " ".join(row.prompt.split())[-110:])
         for title in results:
             print(f"{title:>8}:  {row.samples[title][0].strip()}")
 
 
-# =====================================================================================================================
-# Here ends what the paper needs. What follows is practice: data, processes and mistakes, models, checkpoints, options.
+# ==== Here ends what the paper needs. What follows is practice: data, processes, models, checkpoints, options =========
 
-SAMPLES = 4  # completions of each test prompt that has references, and prompts shown at the end
+SAMPLES = 4  # completions of a prompt, prompts shown, and prompts that get completions where none has references
 RANK = int(os.environ.get("RANK", 0))  # this process among the WORLD that torchrun starts
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
@@ -306,11 +304,11 @@ def parse(record, options, tokenizer):
     Messages go through the chat template. A pair without `prompt` is two conversations, prompted by all but the last
     message, or as in HH-RLHF two transcripts, prompted by what ends at the last "\\n\\nAssistant:"."""
     pair = {"chosen", "rejected"} <= record.keys()
-    label = "score" if options.continuous and "score" in record else "label"
-    check(pair or {"prompt", "completion", label} <= record.keys(), f"the columns are {', '.join(record)}; needed are "
-          "prompt, completion and label (or, with --continuous, score), or chosen and rejected")
-    rated = [(record["chosen"], 1), (record["rejected"], 0)] if pair else [(record["completion"], record[label])]
-    for completion, z in rated:
+    rating = "score" if options.continuous and "score" in record else "label"
+    check(pair or {"prompt", "completion", rating} <= record.keys(), f"the columns are {', '.join(record)}; needed "
+          "are prompt, completion and label (or, with --continuous, score), or chosen and rejected")
+    answers = [(record["chosen"], 1), (record["rejected"], 0)] if pair else [(record["completion"], record[rating])]
+    for completion, z in answers:
         prompt = record.get("prompt")
         if isinstance(completion, list):
             if prompt is None:
@@ -322,11 +320,13 @@ def parse(record, options, tokenizer):
         elif pair and prompt is None:
             opening, turn, completion = completion.rpartition("\n\nAssistant:")
             prompt = opening + turn
-        check(prompt, "no prompt; write one, or transcripts in which \\n\\nAssistant: ends it")
-        check(completion or (pair and completion is not None), "no completion; write one")
+        check(prompt and isinstance(prompt, str), "no prompt; write a text, or end it with \\n\\nAssistant:")
+        check(isinstance(completion, str) and (completion or pair), "no completion; write a text")
         check(z in (0, 1) or (options.continuous and 0 < z < 1), f"the label is {z!r}; write 1 (a demonstration or "
               "thumbs-up) or 0 (a thumbs-down), or with --continuous a score from 0 to 1")
-        yield Row(prompt, completion, float(z), record.get("references") or [], record.get("group"))
+        references = record.get("references") or []
+        check(isinstance(references, list), f"references is {references!r}; write a list of texts")
+        yield Row(prompt, completion, float(z), references, record.get("group"))
 
 
 def tokenize(rows, tokenizer, max_length):
@@ -340,11 +340,11 @@ def tokenize(rows, tokenizer, max_length):
             whole.pop()
         shared = len(os.path.commonprefix([prompt, whole]))
         check(shared, f"the prompt {row.prompt[:60]!r} has no token of its own; write a longer one")
-        start = 1 if whole[:2] == [bos, bos] else 0  # a chat template writes its own
+        start = 1 if whole[:2] == [bos, bos] else 0  # chat templates write one, too
         prompt, response = whole[start:shared], whole[shared:] + [eos]  # so that the model learns to stop
         room = max(max_length - len(response), max_length // 2)  # each keeps at least half
-        kept = 1 if prompt[0] == bos else 0
-        prompt = prompt[:kept] + prompt[kept + max(len(prompt) - room, 0):]
+        opening = 1 if prompt[0] == bos else 0
+        prompt = prompt[:opening] + prompt[opening + max(len(prompt) - room, 0):]
         row.prompt_length = len(prompt)
         row.input_ids = torch.tensor((prompt + response)[:max_length])
         row.rated = torch.arange(len(row.input_ids)) >= row.prompt_length
@@ -355,7 +355,7 @@ def load_rows(options, tokenizer):
     source = {"path": options.data, "name": options.data_config, "data_dir": options.data_dir}
     with naming(f"--data {options.data} cannot be read (rows count from 0)"), tempfile.TemporaryDirectory() as cache:
         if os.path.isfile(options.data):
-            source = {"path": cache, "data_files": {"train": os.path.abspath(options.data)}}
+            source = {"path": cache, "data_files": {"train": os.path.abspath(options.data)}}  # of whatever format
         if os.path.exists(options.data):
             files = datasets.load_dataset_builder(**source)
             splits = {split: datasets.load_dataset(files.name, data_files=names, split="train", cache_dir=cache,
@@ -386,7 +386,7 @@ def training_rows(rows, method):
         if row.label != 1:
             negatives[row.prompt].append(row)
     if method == "dpo":
-        return [replace(row, rejected=rejected) for row in positives for rejected in negatives[row.prompt]]
+        return [replace(row, rejected=other) for row in positives for other in negatives[row.prompt]]
     return positives if method == "sft" else rows
 
 
@@ -411,7 +411,7 @@ def compute_logps(model, rows, options, name):
     """Sets row.logp, or row.ref_logp, by `name`. Longest rows first: what does not fit in memory fails at once."""
     model.eval()
     rows = sorted(rows, key=lambda row: len(row.input_ids), reverse=True)
-    for batch in tqdm(chunks(rows, 2 * options.batch_size * WORLD), name, unit="batch"):
+    for batch in tqdm(chunks(rows, 2 * options.batch_size * WORLD), name, disable=RANK > 0):
         logps = gather(batch_logps(model, share(batch)[0]).tolist())
         check(math.isfinite(sum(logps)), "log π(y|x) is not finite; try a lower --learning-rate")
         for row, logp in zip(batch, logps):
@@ -472,8 +472,7 @@ def load_model(name, options, tokenizer):
         model, loading = AutoModelForCausalLM.from_pretrained(
             name, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
         check(not loading["missing_keys"], f"weights are missing, as {min(loading['missing_keys'], default='')}")
-        size = model.get_input_embeddings().num_embeddings
-        check(len(tokenizer) <= size, f"{len(tokenizer)} tokens, but an embedding of {size}; resize the embedding")
+        check(len(tokenizer) <= model.get_input_embeddings().num_embeddings, "more tokens than embeddings; resize")
         longest = getattr(config.get_text_config(), "max_position_embeddings", options.max_length)
         check(options.max_length <= longest, f"it takes {longest} tokens; give a --max-length up to that")
         if options.gradient_checkpointing:
@@ -484,10 +483,10 @@ def load_model(name, options, tokenizer):
             policy = MixedPrecisionPolicy(torch.bfloat16 if options.bf16 else None, torch.float32)
             blocks = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
             for module in [*blocks, model]:
-                fully_shard(module, reshard_after_forward=True, mp_policy=policy)  # so that parameters() are shards
+                fully_shard(module, reshard_after_forward=True, mp_policy=policy)  # the rest too
         # Around each forward alone, for autocast keeps bfloat16 copies of the weights, which a step outdates.
         model.forward = torch.autocast(model.device.type, torch.bfloat16, enabled=options.bf16)(model.forward)
-        with torch.no_grad():
+        with torch.no_grad():  # what two rows with one first token, but other second ones, say of the second
             first = model.eval()(input_ids=torch.tensor([[1, 0], [1, 2]], device=model.device)).logits[:, 0]
         check((first[0] - first[1]).abs().max() <= 2e-2 * first.abs().max(),
               "it sees the tokens to come, as an encoder does; name a decoder-only model")
@@ -526,7 +525,7 @@ def load_checkpoint(out, state, steps):
 class Options:
     method: Literal["ulma", "pointwise-dpo", "sft", "dpo", "unlikelihood"] = HfArg(default="ulma", help="the loss")
     model: str = HfArg(default="data/base", help="where training starts: a folder or a hub name")
-    reference: Optional[str] = HfArg(default=None, help="π_ref: a folder or a hub name; if not given, --model")
+    reference: Optional[str] = HfArg(default=None, help="π_ref, likewise; if not given, --model before training")
     data: str = HfArg(default="data", help="a file, a folder or a hub name")
     data_config: Optional[str] = HfArg(default=None, help="the configuration of --data, where it has several")
     data_dir: Optional[str] = HfArg(default=None, help="the folder within --data, where only that is meant")
@@ -534,7 +533,7 @@ class Options:
     beta: float = HfArg(default=0.1, help="β, the strength of the KL regulariser; on the embedded data 3")
     log_z: Optional[float] = HfArg(default=None, help="log Z(x); if not given, from the mean label (prior_log_z)")
     continuous: bool = HfArg(default=False, help="squared-error losses on the column score (else label), 0 to 1")
-    learning_rate: float = HfArg(default=1e-5, help="the peak of a cosine schedule; on the embedded data 3e-4")
+    learning_rate: float = HfArg(default=1e-5, help="peak, after a tenth of warm-up; on the embedded data 3e-4")
     epochs: int = HfArg(default=3, help="passes over the training rows; on the embedded data 5")
     batch_size: int = HfArg(default=16, help="rows a forward pass, in each process")
     gradient_accumulation: int = HfArg(default=1, help="forward passes an optimiser step")
@@ -565,39 +564,42 @@ def run(options):
 
     out = Path(gather([options.output_dir or f"runs/{options.method}-{time.strftime('%y%m%d-%H%M%S')}"])[0])
     results = {"options": asdict(options)}
-    if out.exists():
-        with naming(f"--output-dir {out} is neither empty nor this run's; name a new folder"):
-            empty = not any(out.iterdir())
-            check(empty or json.loads((out / "metrics.json").read_text()) == results, "it is another's, or finished")
+    with naming(f"--output-dir {out} is neither empty nor this run's; name a new folder"):
+        if out.exists() and any(out.iterdir()):
+            check(json.loads((out / "metrics.json").read_text()) == results, "it is another's, or finished")
     if options.reference:
-        model = load_model(options.reference, options, tokenizer)
-        compute_logps(model, reads + test_rows, options, "ref_logp")
+        compute_logps(load_model(options.reference, options, tokenizer), reads + test_rows, options, "ref_logp")
+        gc.collect()  # it is needed no more
     model = load_model(options.model, options, tokenizer)
     with naming(f"--output-dir {out} cannot be written"):
         write(out / "metrics.json", [json.dumps(results, indent=2)])
     print(f"{options.model}: {model.num_parameters():,} parameters, on {WORLD} x {model.device}\n"
           f"{options.data}: {len(all_rows)} training rows, mean label {mean_label:.3f}; {len(test_rows)} test rows\n"
           f"{options.method}: β {options.beta:g}, β log Z {options.beta * options.log_z:.3g}, learning rate "
-          f"{options.learning_rate:g}, {options.epochs} epochs")
+          f"{options.learning_rate:g}, {options.epochs} epochs, saved to {out}")
     title = "eval" if options.eval_only else "before"
     results[title] = evaluate(model, tokenizer, test_rows, options, title)
     if not options.eval_only:
         start = time.perf_counter()
         if not options.reference:
             compute_logps(model, reads, options, "ref_logp")
-        results["train"] = {"reference_seconds": time.perf_counter() - start, **train(model, rows, options, out)}
+        seconds = None if options.reference else time.perf_counter() - start
+        results["train"] = {"reference_seconds": seconds, **train(model, rows, options, out)}
         weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-        own = dict(model.named_parameters()) | dict(model.named_buffers())  # without a tied weight's second name
-        weights = {name: value for name, value in weights.items() if name in own}
+        names = dict(model.named_parameters()) | dict(model.named_buffers())  # without the second name of a tied weight
+        weights = {name: value for name, value in weights.items() if name in names}
         model.save_pretrained(out, state_dict=weights, is_main_process=RANK == 0)
         tokenizer.save_pretrained(out)
         results["after"] = evaluate(model, tokenizer, test_rows, options, "after")
     write(out / "samples.jsonl", [json.dumps({"prompt": r.prompt, **r.samples}) for r in test_rows if r.samples])
     write(out / "metrics.json", [json.dumps(results, indent=2)])
     for folder in out.glob("checkpoint-*"):
-        shutil.rmtree(folder, ignore_errors=True)
+        if RANK == 0:
+            shutil.rmtree(folder)
     report({title: results[title] for title in ("before", "after", "eval") if title in results}, test_rows)
-    print(f"\nsaved to {out}")
+    if WORLD > 1:
+        dist.barrier()  # a process that leaves early aborts now and then
+        dist.destroy_process_group()
     return results
 
 
@@ -611,7 +613,7 @@ def main(argv=None):
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if RANK > 0:
-        sys.stdout = sys.stderr = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w")
     try:
         parser = HfArgumentParser(Options, description=__doc__.splitlines()[0])
         parser.error = lambda message: check(False, message)
@@ -630,7 +632,7 @@ def main(argv=None):
         message = "error: out of memory; try --gradient-checkpointing, a smaller --batch-size or --max-length"
     except KeyboardInterrupt:
         message = "interrupted; with --save-steps, the same command goes on from the last checkpoint"
-    time.sleep(5 if RANK > 0 else 0)  # the first process speaks first: when one ends, torchrun ends them all
+    time.sleep(5 if RANK > 0 else 0)  # most often the first says the same, and when it ends torchrun ends all
     print(f"ulma.py: {message}", file=sys.stderr)
     sys.exit(2)
 
