@@ -114,13 +114,12 @@ def response_logps(model, input_ids, response_mask):
 
 # ---- Training -------------------------------------------------------------------------------------------------------
 # A Row (see Data) is a rated response: `rated` tells which of its `input_ids` count, `label` is z, and `ref_logp` is
-# log π_ref(y|x), None where no loss reads it. In pair-wise DPO, `rejected` is the Row it was chosen over. Of several
-# processes (WORLD), each takes its share of a batch, and gather puts together what all have; one alone takes it whole.
+# log π_ref(y|x), None where no loss reads it. One process takes a batch whole; of several (WORLD) each takes its share.
 
 
 def row_losses(model, rows, options):
     """The loss of --method for each row: (len(rows),). Leaves r_θ in row.reward, for the log."""
-    both = responses(rows)  # in pair-wise DPO the chosen ones, and behind them the rejected ones; else just the rows
+    both = responses(rows)  # in pair-wise DPO the chosen ones, and behind them their rejected ones; else just the rows
     logps = batch_logps(model, both)
     ref_logps = torch.tensor([row.ref_logp or 0.0 for row in both]).to(logps.device, non_blocking=True)  # 0: not read
     labels = torch.tensor([row.label for row in both]).to(logps.device, non_blocking=True)
@@ -142,7 +141,7 @@ def row_losses(model, rows, options):
 def train(model, rows, options, out):
     """Minimises the mean of row_losses, from the checkpoint in `out` on, if any. Returns figures for metrics.json."""
     rng = random.Random(options.seed)
-    plan = []  # all steps, each a list of batches
+    plan = []  # all steps, each a list of --gradient-accumulation batches
     for _ in range(options.epochs):
         plan += chunks(bucketed_batches(rows, options.batch_size * WORLD, rng), options.gradient_accumulation)
     optimizer = torch.optim.AdamW(model.parameters(), options.learning_rate, weight_decay=0.0, fused=True)
@@ -194,17 +193,17 @@ def train(model, rows, options, out):
 def sample(model, tokenizer, rows, options, title):
     """Draws completions of the rows' prompts at temperature 1, that is from π_θ itself: lists in row.samples[title]."""
     lengths = [len(ids) + 2 for row in rows if row.references for ids in tokenizer(row.references).input_ids]
+    new_tokens = min(max(lengths, default=64), options.max_length // 2)
     torch.manual_seed(options.seed + RANK)
     rows = sorted(rows, key=lambda row: row.prompt_length, reverse=True)
     for batch in tqdm(chunks(rows, 8 * options.batch_size * WORLD), f"{title}: generation", disable=RANK > 0):
-        prompts = [row.input_ids[:row.prompt_length] for row in share(batch)[0]]
+        prompts = [row.input_ids[:row.prompt_length][new_tokens - options.max_length:] for row in share(batch)[0]]
         inputs = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
-        length = inputs["input_ids"].shape[1]
         output = model.generate(
             **inputs, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0,  # all neutral
-            num_return_sequences=SAMPLES, max_new_tokens=min(max(lengths, default=64), options.max_length - length),
+            num_return_sequences=SAMPLES, max_new_tokens=new_tokens,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, synced_gpus=WORLD > 1)
-        texts = tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
+        texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
         for row, completions in zip(batch, gather(chunks(texts, SAMPLES))):
             row.samples[title] = completions
 
@@ -234,7 +233,7 @@ def evaluate(model, tokenizer, rows, options, title):
     log_ratios = torch.tensor([row.logp - row.ref_logp for row in compared])  # ordered as r_θ
     metrics["reward_auc"] = concordance(log_ratios, torch.tensor([row.label for row in compared]))
 
-    asked = list({row.prompt: row for row in rows}.values())  # a row of each prompt
+    asked = list({row.prompt: row for row in sorted(rows, key=lambda row: bool(row.references))}.values())
     with_references = [row for row in asked if row.references]
     sample(model, tokenizer, with_references or asked[:SAMPLES], options, title)
     hits = defaultdict(list, exact_match=[])  # of no row, if none has references
@@ -254,7 +253,7 @@ def report(results, rows):
         values = [metrics[name] for metrics in results.values()]
         print(f"{name:28}" + "".join("     n/a" if value is None else f"{value:8.3f}" for value in values))
     sampled = [row for row in rows if row.samples]
-    for row in sampled[::math.ceil(len(sampled) / SAMPLES) or 1]:
+    for row in sampled[::max(1, math.ceil(len(sampled) / SAMPLES))]:
         print("\n" + " ".join(row.prompt.split())[-110:])
         for title in results:
             print(f"{title:>8}:  {row.samples[title][0].strip()}")
@@ -274,7 +273,7 @@ class Row:
     completion: str
     label: float  # z: a score, with --continuous
     references: list  # acceptable completions, for exact match
-    group: Optional[str]  # exact match is told apart by it
+    group: Optional[str]  # exact match is also told for each
     input_ids: Optional[torch.Tensor] = None  # (T,), prompt and response
     rated: Optional[torch.Tensor] = None  # (T,), bool, the tokens that count in log π(y|x): the row's response mask
     prompt_length: int = 0  # in tokens
@@ -353,7 +352,7 @@ def tokenize(rows, tokenizer, max_length):
 def load_rows(options, tokenizer):
     """(training rows, test rows) of --data; without a test split a seeded tenth of the prompts is held out for it."""
     source = {"path": options.data, "name": options.data_config, "data_dir": options.data_dir}
-    with naming(f"--data {options.data} cannot be read (rows count from 0)"), tempfile.TemporaryDirectory() as cache:
+    with naming(f"--data {options.data} cannot be read (rows counted from 0)"), tempfile.TemporaryDirectory() as cache:
         if os.path.isfile(options.data):
             source = {"path": cache, "data_files": {"train": os.path.abspath(options.data)}}  # of whatever format
         if os.path.exists(options.data):
@@ -363,7 +362,7 @@ def load_rows(options, tokenizer):
                       for split, names in files.config.data_files.items()}
         else:
             splits = datasets.load_dataset(**source)  # from the hub
-        check("train" in splits or (options.eval_only and "test" in splits), f"no train among {[*map(str, splits)]}")
+        check("train" in splits or (options.eval_only and "test" in splits), f"no split train in {[*map(str, splits)]}")
     rows = {"train": [], "test": []}
     for split in rows:
         for number, record in enumerate(splits.get(split, []), 1):
@@ -413,7 +412,7 @@ def compute_logps(model, rows, options, name):
     rows = sorted(rows, key=lambda row: len(row.input_ids), reverse=True)
     for batch in tqdm(chunks(rows, 2 * options.batch_size * WORLD), name, disable=RANK > 0):
         logps = gather(batch_logps(model, share(batch)[0]).tolist())
-        check(math.isfinite(sum(logps)), "log π(y|x) is not finite; try a lower --learning-rate")
+        check(math.isfinite(sum(logps)), "log π(y|x) is not finite; was --learning-rate too high?")
         for row, logp in zip(batch, logps):
             setattr(row, name, logp)
 
@@ -472,7 +471,7 @@ def load_model(name, options, tokenizer):
         model, loading = AutoModelForCausalLM.from_pretrained(
             name, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
         check(not loading["missing_keys"], f"weights are missing, as {min(loading['missing_keys'], default='')}")
-        check(len(tokenizer) <= model.get_input_embeddings().num_embeddings, "more tokens than embeddings; resize")
+        check(len(tokenizer) <= model.get_input_embeddings().num_embeddings, "fewer embeddings than tokens; resize it")
         longest = getattr(config.get_text_config(), "max_position_embeddings", options.max_length)
         check(options.max_length <= longest, f"it takes {longest} tokens; give a --max-length up to that")
         if options.gradient_checkpointing:
@@ -483,10 +482,10 @@ def load_model(name, options, tokenizer):
             policy = MixedPrecisionPolicy(torch.bfloat16 if options.bf16 else None, torch.float32)
             blocks = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
             for module in [*blocks, model]:
-                fully_shard(module, reshard_after_forward=True, mp_policy=policy)  # the rest too
+                fully_shard(module, reshard_after_forward=True, mp_policy=policy)  # by default the root stays whole
         # Around each forward alone, for autocast keeps bfloat16 copies of the weights, which a step outdates.
         model.forward = torch.autocast(model.device.type, torch.bfloat16, enabled=options.bf16)(model.forward)
-        with torch.no_grad():  # what two rows with one first token, but other second ones, say of the second
+        with torch.no_grad():  # a causal model's logits at the first token do not depend on the second
             first = model.eval()(input_ids=torch.tensor([[1, 0], [1, 2]], device=model.device)).logits[:, 0]
         check((first[0] - first[1]).abs().max() <= 2e-2 * first.abs().max(),
               "it sees the tokens to come, as an encoder does; name a decoder-only model")
@@ -525,7 +524,7 @@ def load_checkpoint(out, state, steps):
 class Options:
     method: Literal["ulma", "pointwise-dpo", "sft", "dpo", "unlikelihood"] = HfArg(default="ulma", help="the loss")
     model: str = HfArg(default="data/base", help="where training starts: a folder or a hub name")
-    reference: Optional[str] = HfArg(default=None, help="π_ref, likewise; if not given, --model before training")
+    reference: Optional[str] = HfArg(default=None, help="π_ref, of the same tokenizer; if not given, --model")
     data: str = HfArg(default="data", help="a file, a folder or a hub name")
     data_config: Optional[str] = HfArg(default=None, help="the configuration of --data, where it has several")
     data_dir: Optional[str] = HfArg(default=None, help="the folder within --data, where only that is meant")
@@ -597,9 +596,9 @@ def run(options):
         if RANK == 0:
             shutil.rmtree(folder)
     report({title: results[title] for title in ("before", "after", "eval") if title in results}, test_rows)
-    if WORLD > 1:
-        dist.barrier()  # a process that leaves early aborts now and then
-        dist.destroy_process_group()
+    if WORLD > 1:  # at once: torch 2.13 aborts now and then when processes that used FSDP on a CPU clean up
+        sys.stdout.flush()
+        os._exit(0)
     return results
 
 
@@ -632,7 +631,7 @@ def main(argv=None):
         message = "error: out of memory; try --gradient-checkpointing, a smaller --batch-size or --max-length"
     except KeyboardInterrupt:
         message = "interrupted; with --save-steps, the same command goes on from the last checkpoint"
-    time.sleep(5 if RANK > 0 else 0)  # most often the first says the same, and when it ends torchrun ends all
+    time.sleep(5 if RANK > 0 else 0)  # the first most often says the same, and its end makes torchrun end the others
     print(f"ulma.py: {message}", file=sys.stderr)
     sys.exit(2)
 
