@@ -136,7 +136,6 @@ def test_the_optimum_of_alignment_is_recovered_with_the_true_log_z(continuous, b
         logits = torch.zeros(6, dtype=torch.float64, requires_grad=True)
         solver = torch.optim.LBFGS([logits], max_iter=2000, tolerance_grad=1e-13, tolerance_change=0,
                                    line_search_fn="strong_wolfe")
-
         def expected_loss():  # over responses from π_ref, and over labels: z ~ Bernoulli(σ(r)), or z = r + noise
             solver.zero_grad()
             logps = logits.log_softmax(0)
@@ -146,7 +145,6 @@ def test_the_optimum_of_alignment_is_recovered_with_the_true_log_z(continuous, b
                 loss = pointwise_dpo_loss(logps, ref.log(), reward, beta, log_z, True)
             (ref * loss).sum().backward()
             return (ref * loss).sum()
-
         solver.step(expected_loss)
         distance = (logits.softmax(0) - ref * (reward / beta).exp() / z).abs().max()
         assert distance < 1e-6 if recovered else distance > 0.05
@@ -179,7 +177,6 @@ def token_by_token(model, rows):
     """Σ log π(y_t | x, y_<t), each term from a forward pass of its own over an unpadded prefix."""
     def term(prefix, token):
         return model(input_ids=torch.tensor([prefix])).logits[0, -1].log_softmax(-1)[token]
-
     return torch.stack([sum((term(p + r[:t], r[t]) for t in range(len(r))), torch.zeros(())) for p, r in rows])
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -270,20 +267,21 @@ PAPER = {  # the loss of a row, or of a pair, by the paper: d is log π_θ − l
     "ulma --continuous": lambda logp, d, z, b, c: -logp if z == 1 else (z - b * d - c) ** 2,
     "pointwise-dpo --continuous": lambda logp, d, z, b, c: (z - b * d - c) ** 2}
 
+def log_of(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
 @pytest.fixture
 def watched(monkeypatch, run):
     """watched(flags): for each step (weights, the gradient as main gives it to clip_grad_norm_), the log, results."""
     clip, steps = torch.nn.utils.clip_grad_norm_, []
-
     def spy(parameters, bound):
         parameters = list(parameters)
         steps.append(([p.detach().clone() for p in parameters], torch.cat([p.grad.flatten() for p in parameters])))
         return clip(parameters, bound)
-
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
     def call(*flags):
         results, out = run("--epochs", 3, "--gradient-accumulation", 3, *flags)
-        return steps, [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()], results, out
+        return steps, log_of(out), results
     return call
 
 def naive_logp(model, row):
@@ -312,12 +310,12 @@ def naive_loss(method, model, reference, beta=0.7):
 
 @pytest.mark.parametrize("method", PAPER)
 def test_a_steps_gradient_and_log_are_those_of_the_papers_mean_loss(watched, small, method):
-    steps, log, _, _ = watched("--method", *method.split())
+    steps, log, _ = watched("--method", *method.split())
     model, losses = AutoModelForCausalLM.from_pretrained(small / "model"), []
     reference, optimizer = copy.deepcopy(model), torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.0)
     for done, (values, gradient) in enumerate(steps):
         for parameter, value in zip(model.parameters(), values):
-            torch.testing.assert_close(parameter, value, rtol=1e-3, atol=1e-4)
+            assert (parameter - value).norm() < 1e-3
             parameter.data.copy_(value)
         loss, rewards = naive_loss(method, model, reference)
         losses.append((loss.item(), rewards))
@@ -346,14 +344,20 @@ def test_reward_auc_is_against_the_initial_model_or_the_reference(finished, run,
     [row] = [row for row in RATED[:3] if row["label"]]  # of demonstrations alone, a token:
     nats = -naive_logp(model, row).item() / (len(TOKENIZER(row["completion"]).input_ids) + 1)
     assert results["after"]["perplexity"] == pytest.approx(math.exp(nats), rel=1e-4)
-    rates = [json.loads(line)["learning_rate"] for line in (out / "log.jsonl").read_text().splitlines()]  # 2 of 24 steps warm up
-    assert rates == pytest.approx([1.5e-3 * (1 + math.cos(math.pi * (step - 3) / 22)) for step in (10, 20, 24)])
     again = run("--eval-only", "--model", out, "--reference", small / "model")[0]["eval"]
     assert again == pytest.approx(results["after"])
     assert run("--eval-only", "--model", out)[0]["eval"]["reward_auc"] is None
 
+def test_a_line_of_the_log_is_the_mean_since_the_last_at_a_cosines_rate(finished, run):
+    steps, other = (log_of(run("--method", "pointwise-dpo", "--epochs", 8, "--save-steps", 1, "--seed", seed)[1]) for seed in (0, 1))
+    assert steps[0]["loss"] != other[0]["loss"]
+    for line, last in zip(log_of(finished[1]), (0, 10, 20)):
+        losses = [step["loss"] for step in steps[last:line["step"]]]
+        assert line["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+        assert line["learning_rate"] == pytest.approx(1.5e-3 * (1 + math.cos(math.pi * (line["step"] - 3) / 22)))
+
 def test_with_a_reference_of_its_own_training_starts_elsewhere(watched, finished, small):
-    steps, log, results, _ = watched("--method", "pointwise-dpo", "--model", finished[1], "--reference", small / "model")
+    steps, _, results = watched("--method", "pointwise-dpo", "--model", finished[1], "--reference", small / "model")
     model, reference = (AutoModelForCausalLM.from_pretrained(folder) for folder in (finished[1], small / "model"))
     loss, _ = naive_loss("pointwise-dpo", model, reference)
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
@@ -445,7 +449,6 @@ def test_a_data_set_from_the_hub_is_read_by_name_and_its_rows_named(monkeypatch)
         assert (path, name, data_dir) == ("someone/rows", "graded", None)
         rows = datasets.Dataset.from_list([point(0), point(1, 0), point(2, bad)])
         return datasets.DatasetDict({"train": rows, "test": rows})
-
     monkeypatch.setattr(datasets, "load_dataset", hub)
     bad = 1
     assert [row.label for row in sum(load("someone/rows", data_config="graded"), [])] == [1, 0, 1] * 2
@@ -521,7 +524,6 @@ def test_the_embedded_rows_are_what_their_script_writes():
 def test_reward_auc_is_the_share_of_pairs_in_order_with_ties_a_half():
     def auc(scores, labels):
         return concordance(torch.tensor(scores), torch.tensor(labels))
-
     assert auc([3.0, 2.0, 1.0], [1, 1, 0]) == 1 and auc([1.0, 2.0], [1, 0]) == 0 and auc([1.0, 1.0], [1, 0]) == 0.5
     assert auc([1.0, 3.0, 2.0, 2.0], [1.0, 0.5, 0.5, 0.0]) == (0 + 0 + 0 + 1 + 0.5) / 5  # equal labels are no pair
     assert auc([1.0, 2.0], [1, 1]) is None
@@ -530,12 +532,10 @@ def test_exact_match_counts_the_completions_that_are_references(run, tmp_path, m
     answers = {"Question 0?": " Yes.", "Question 1?": "Yes. ", "Question 2?": " No."}
     rows = [{"prompt": p, "completion": " Yes.", "label": i % 2, "references": [" Yes.", " Sure."], "group": "ab"[i // 2]}
             for i, p in enumerate(answers)]
-
     def generate(model, input_ids, num_return_sequences, **_):
         prompts = TOKENIZER.batch_decode(input_ids, skip_special_tokens=True)
         added = TOKENIZER([answers[p.strip()] for p in prompts for _ in range(num_return_sequences)], padding=True)
         return torch.cat([input_ids.repeat_interleave(num_return_sequences, 0), torch.tensor(added.input_ids)], 1)
-
     monkeypatch.setattr(transformers.GenerationMixin, "generate", generate)
     metrics = run("--eval-only", "--data", write(tmp_path / "test.jsonl", rows).parent)[0]["eval"]
     assert metrics["exact_match"] == pytest.approx(2 / 3)
@@ -547,7 +547,7 @@ def test_samples_come_from_the_policy_whatever_the_models_own_defaults(run, smal
     odd.save_pretrained(tmp_path / "model")
     plain, odd = ((run("--eval-only", "--model", folder)[1] / "samples.jsonl").read_text()
                   for folder in (small / "model", tmp_path / "model"))
-    assert plain == odd and len(json.loads(plain.splitlines()[0])["eval"]) == ulma.SAMPLES
+    assert plain == odd and len(set(json.loads(plain.splitlines()[0])["eval"])) == ulma.SAMPLES
 
 # ---- Models ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("tied", [True, False])
@@ -558,8 +558,9 @@ def test_a_model_in_bfloat16_shards_is_trained_in_float32_without_dropout(run, t
     tokenizer.pad_token = None
     folder = stand_in(tmp_path / "model", name, tokenizer, torch.bfloat16, tie_word_embeddings=tied, **rates)
     assert len(list(folder.glob("model-*.safetensors"))) > 1
-    (_, out), (_, again) = run("--model", folder), run("--model", folder)
-    before, after, twin = weights(folder), weights(out), weights(again)
+    calm = stand_in(tmp_path / "calm", name, tokenizer, torch.bfloat16, tie_word_embeddings=tied, **dict.fromkeys(rates, 0.0))
+    (_, out), (_, other) = run("--model", folder), run("--model", calm)
+    before, after, twin = weights(folder), weights(out), weights(other)
     assert before.keys() == after.keys() and any(not torch.equal(before[key], after[key]) for key in before)
     assert all(value.isfinite().all() and torch.equal(value, twin[key]) for key, value in after.items())
     assert AutoModelForCausalLM.from_pretrained(out, dtype="auto").dtype == torch.float32
@@ -644,9 +645,8 @@ def wait_for(condition, process):
 
 def figures(out):
     """What two runs of the same have in common: the log, but for times, and the metrics."""
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     metrics = json.loads((out / "metrics.json").read_text())
-    return [{**line, "tokens_per_second": 0} for line in log], metrics["before"], metrics["after"]
+    return [{**line, "tokens_per_second": 0} for line in log_of(out)], metrics["before"], metrics["after"]
 
 def same(one, other):
     mine, yours = weights(one), weights(other)
@@ -693,13 +693,11 @@ def test_two_processes_equal_one_and_go_on_after_a_kill(small, tmp_path):
 def stopped(run, monkeypatch, capsys, tmp_path):
     """The folder of a run whose disk is full at the third checkpoint."""
     save, calls = torch.save, itertools.count(1)
-
     def full(state, path):
         save(state, path)
         if next(calls) == 3:
             path.write_bytes(b"half")
             raise OSError(28, "No space left on device")
-
     monkeypatch.setattr(torch, "save", full)
     message = error_of(capsys, run, "--save-steps", 1, "--output-dir", tmp_path / "out")
     assert message.endswith("make room, then give the same command again: [Errno 28] No space left on device")
