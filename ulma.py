@@ -352,16 +352,16 @@ def tokenize(rows, tokenizer, max_length):
 def load_rows(options, tokenizer):
     """(training rows, test rows) of --data; without a test split a seeded tenth of the prompts is held out for it."""
     source = {"path": options.data, "name": options.data_config, "data_dir": options.data_dir}
-    with naming(f"--data {options.data} cannot be read (rows counted from 0)"), tempfile.TemporaryDirectory() as cache:
+    words = f"--data {options.data} is empty or cannot be read (rows counted from 0)"
+    with naming(words), tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
         if os.path.isfile(options.data):
             source = {"path": cache, "data_files": {"train": os.path.abspath(options.data)}}  # of whatever format
         if os.path.exists(options.data):
             files = datasets.load_dataset_builder(**source)
-            splits = {split: datasets.load_dataset(files.name, data_files=names, split="train", cache_dir=cache,
-                                                   keep_in_memory=True)  # one at a time: their columns may differ
-                      for split, names in files.config.data_files.items()}
+            splits = {split: list(datasets.load_dataset(files.name, data_files=names, split="train", cache_dir=cache))
+                      for split, names in files.config.data_files.items()}  # one at a time: their columns may differ
         else:
-            splits = datasets.load_dataset(**source)  # from the hub
+            splits = {split: list(records) for split, records in datasets.load_dataset(**source).items()}  # the hub
         check("train" in splits or (options.eval_only and "test" in splits), f"no split train in {[*map(str, splits)]}")
     rows = {"train": [], "test": []}
     for split in rows:
