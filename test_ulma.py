@@ -593,7 +593,7 @@ GOOD = json.dumps(point(1))
     (("--data", __file__), "test_ulma.py"), (("--data-dir", "x"), "x"), (("--output-dir", f"{__file__}/x"), "x"),
     (("--output-dir", "", "--save-steps", "9"), "--save-steps"), (("--output-dir", HERE), "name a new"),
     *((("--data", text), told) for text, told in (
-        (GOOD[:-9], "rows counted from 0"), (f"{GOOD}\n{GOOD[:-9]}", "row 1"), ("", "is empty"), (GOOD.replace("Answer", "\xe9"), "utf-8"),
+        (GOOD[:-9], "datasets counts rows from 0"), (f"{GOOD}\n{GOOD[:-9]}", "row 1"), ("", "is empty"), (GOOD.replace("Answer", "\xe9"), "utf-8"),
         (GOOD.replace("prompt", "promt"), "promt, completion, label; needed are prompt"),
         (f'{GOOD}\n{GOOD.replace(": 1}", ": 2}")}', "train row 2: the label is 2"),
         (GOOD.replace(": 1}", ": 0.5}"), "--continuous"), (GOOD.replace(" Answer 1.", ""), "no completion"),
@@ -601,7 +601,7 @@ GOOD = json.dumps(point(1))
         (json.dumps(point(1, references="Yes.")), "a list of texts"),
         ('{"chosen": "Hi", "rejected": "\\n\\nAssistant: x"}', "Assistant:"),
         (json.dumps({"prompt": CHAT, "completion": CHAT[1:2], "label": 1}), "chat_template"),
-        ("\n".join([GOOD] * 9), "needs rows of label 1 and")))])
+        ("\n".join([GOOD] * 9), "needs rows of label 1")))])
 def test_a_mistake_gets_one_line_that_names_it_and_nothing_is_written(run, capsys, tmp_path, flags, told):
     if flags[0] == "--data" and flags[1][:1] in "{":
         (tmp_path / "rows.jsonl").write_text(flags[1], encoding="latin-1")

@@ -118,10 +118,10 @@ def response_logps(model, input_ids, response_mask):
 
 
 def row_losses(model, rows, options):
-    """The loss of --method for each row: (len(rows),). Leaves r_θ in row.reward, for the log."""
-    both = responses(rows)  # in pair-wise DPO the chosen ones, and behind them their rejected ones; else just the rows
+    """The loss of --method for each row: (len(rows),). Sets row.reward: r_θ, if row.ref_logp is known."""
+    both = responses(rows)  # the rows; in pair-wise DPO all chosen, then all rejected
     logps = batch_logps(model, both)
-    ref_logps = torch.tensor([row.ref_logp or 0.0 for row in both]).to(logps.device, non_blocking=True)  # 0: not read
+    ref_logps = torch.tensor([row.ref_logp or 0.0 for row in both]).to(logps.device, non_blocking=True)  # 0 if unknown
     labels = torch.tensor([row.label for row in both]).to(logps.device, non_blocking=True)
     for row, reward in zip(both, implicit_reward(logps.detach(), ref_logps, options.beta, options.log_z)):
         row.reward = reward
@@ -197,7 +197,7 @@ def sample(model, tokenizer, rows, options, title):
     torch.manual_seed(options.seed + RANK)
     rows = sorted(rows, key=lambda row: row.prompt_length, reverse=True)
     for batch in tqdm(chunks(rows, 8 * options.batch_size * WORLD), f"{title}: generation", disable=RANK > 0):
-        prompts = [row.input_ids[:row.prompt_length][new_tokens - options.max_length:] for row in share(batch)[0]]
+        prompts = [row.input_ids[:row.prompt_length][-(options.max_length - new_tokens):] for row in share(batch)[0]]
         inputs = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
         output = model.generate(
             **inputs, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0,  # all neutral
@@ -233,10 +233,10 @@ def evaluate(model, tokenizer, rows, options, title):
     log_ratios = torch.tensor([row.logp - row.ref_logp for row in compared])  # ordered as r_θ
     metrics["reward_auc"] = concordance(log_ratios, torch.tensor([row.label for row in compared]))
 
-    asked = list({row.prompt: row for row in sorted(rows, key=lambda row: bool(row.references))}.values())
+    asked = list({row.prompt: row for row in sorted(rows, key=lambda row: bool(row.references))}.values())  # last wins
     with_references = [row for row in asked if row.references]
     sample(model, tokenizer, with_references or asked[:SAMPLES], options, title)
-    hits = defaultdict(list, exact_match=[])  # of no row, if none has references
+    hits = defaultdict(list, exact_match=[])  # listed even if no row has references: then None
     for row in with_references:
         references = [text.strip() for text in row.references]
         found = [text.strip() in references for text in row.samples[title]]
@@ -248,10 +248,10 @@ def evaluate(model, tokenizer, rows, options, title):
 
 def report(results, rows):
     """Prints the metrics of each evaluation, {title: metrics}, as a table, and some completions side by side."""
-    print("\n" + " " * 28 + "".join(f"{title:>8}" for title in results))
+    print("\n" + " " * 28 + "".join(f"{title:>12}" for title in results))
     for name in list(results.values())[0]:
         values = [metrics[name] for metrics in results.values()]
-        print(f"{name:28}" + "".join("     n/a" if value is None else f"{value:8.3f}" for value in values))
+        print(f"{name:28}" + "".join(f"{'n/a':>12}" if value is None else f"{value:12.3f}" for value in values))
     sampled = [row for row in rows if row.samples]
     for row in sampled[::max(1, math.ceil(len(sampled) / SAMPLES))]:
         print("\n" + " ".join(row.prompt.split())[-110:])
@@ -352,7 +352,7 @@ def tokenize(rows, tokenizer, max_length):
 def load_rows(options, tokenizer):
     """(training rows, test rows) of --data; without a test split a seeded tenth of the prompts is held out for it."""
     source = {"path": options.data, "name": options.data_config, "data_dir": options.data_dir}
-    words = f"--data {options.data} is empty or cannot be read (rows counted from 0)"
+    words = f"--data {options.data} is empty or cannot be read (datasets counts rows from 0)"
     with naming(words), tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
         if os.path.isfile(options.data):
             source = {"path": cache, "data_files": {"train": os.path.abspath(options.data)}}  # of whatever format
@@ -453,7 +453,7 @@ def check(right, message):
 
 @contextmanager
 def naming(words):
-    """Makes of what is raised inside a Mistake that begins with these words and ends with the innermost cause."""
+    """Turns any exception raised inside into a Mistake: these words, then the message of the innermost cause."""
     try:
         yield
     except Exception as error:
@@ -483,7 +483,7 @@ def load_model(name, options, tokenizer):
             blocks = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
             for module in [*blocks, model]:
                 fully_shard(module, reshard_after_forward=True, mp_policy=policy)  # by default the root stays whole
-        # Around each forward alone, for autocast keeps bfloat16 copies of the weights, which a step outdates.
+        # Autocast caches bfloat16 weights until it ends, so it wraps each forward: a step makes the cache stale.
         model.forward = torch.autocast(model.device.type, torch.bfloat16, enabled=options.bf16)(model.forward)
         with torch.no_grad():  # a causal model's logits at the first token do not depend on the second
             first = model.eval()(input_ids=torch.tensor([[1, 0], [1, 2]], device=model.device)).logits[:, 0]
@@ -530,7 +530,7 @@ class Options:
     data_dir: Optional[str] = HfArg(default=None, help="the folder within --data, where only that is meant")
     output_dir: Optional[str] = HfArg(default=None, help="for model and records; if not given, a new folder in runs/")
     beta: float = HfArg(default=0.1, help="β, the strength of the KL regulariser; on the embedded data 3")
-    log_z: Optional[float] = HfArg(default=None, help="log Z(x); if not given, from the mean label (prior_log_z)")
+    log_z: Optional[float] = HfArg(default=None, help="log Z(x); if not given, prior_log_z of the mean label")
     continuous: bool = HfArg(default=False, help="squared-error losses on the column score (else label), 0 to 1")
     learning_rate: float = HfArg(default=1e-5, help="peak, after a tenth of warm-up; on the embedded data 3e-4")
     epochs: int = HfArg(default=3, help="passes over the training rows; on the embedded data 5")
@@ -554,7 +554,7 @@ def run(options):
     mean_label = mean([row.label for row in all_rows]) or 0.0
     rows = [] if options.eval_only else training_rows(all_rows, options.method)
     check(options.eval_only or (rows and (options.method == "sft" or 0 < mean_label < 1)),
-          f"--method {options.method} needs rows of label 1 and, but for sft, rows of others; in dpo of one prompt")
+          f"--method {options.method} needs rows of label 1; all but sft need other rows too, dpo of the same prompt")
     reads = [row for row in responses(rows) if options.method in ("pointwise-dpo", "dpo")
              or (options.method == "ulma" and row.label != 1)]  # whose loss depends on log π_ref
     if options.log_z is None:
