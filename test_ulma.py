@@ -593,7 +593,7 @@ GOOD = json.dumps(point(1))
     (("--data", __file__), "test_ulma.py"), (("--data-dir", "x"), "x"), (("--output-dir", f"{__file__}/x"), "x"),
     (("--output-dir", "", "--save-steps", "9"), "--save-steps"), (("--output-dir", HERE), "name a new"),
     *((("--data", text), told) for text, told in (
-        (GOOD[:-9], "datasets counts rows from 0"), (f"{GOOD}\n{GOOD[:-9]}", "row 1"), ("", "is empty"), (GOOD.replace("Answer", "\xe9"), "utf-8"),
+        (GOOD[:-9], "rows from 0"), (f"{GOOD}\n{GOOD[:-9]}", "row 1"), ("", "is empty"), (GOOD.replace("Answer", "\xe9"), "utf-8"),
         (GOOD.replace("prompt", "promt"), "promt, completion, label; needed are prompt"),
         (f'{GOOD}\n{GOOD.replace(": 1}", ": 2}")}', "train row 2: the label is 2"),
         (GOOD.replace(": 1}", ": 0.5}"), "--continuous"), (GOOD.replace(" Answer 1.", ""), "no completion"),

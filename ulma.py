@@ -148,6 +148,8 @@ def train(model, rows, options, out):
     schedule = get_cosine_schedule_with_warmup(optimizer, len(plan) // 10, len(plan))
     state = {"model": model, "optimizer": optimizer, "schedule": schedule}
     done, log = load_checkpoint(out, state, len(plan))
+    log_file = open(out / "log.jsonl" if RANK == 0 else os.devnull, "w", buffering=1)  # a line at a time
+    log_file.writelines(log)
     total_loss, seen, logged = 0.0, [], done  # since the last line of the log, which was at step `logged`
     samples, tokens, start = 0, 0, time.perf_counter()
     model.train()  # with dropout at 0 (see load_model), so that π_θ starts at π_ref
@@ -179,8 +181,8 @@ def train(model, rows, options, out):
             check(math.isfinite(line["loss"] + line["gradient_norm"]),
                   f"the loss or its gradient is not finite at step {step}; try a lower --learning-rate")
             total_loss, seen, logged = 0.0, [], step
-            log.append(line)
-            write(out / "log.jsonl", [json.dumps(line) for line in log])
+            log.append(json.dumps(line) + "\n")
+            log_file.write(log[-1])
         if saves:
             save_checkpoint(out, state, {"step": step, "steps": len(plan), "log": log})
     seconds = time.perf_counter() - start
@@ -233,13 +235,12 @@ def evaluate(model, tokenizer, rows, options, title):
     log_ratios = torch.tensor([row.logp - row.ref_logp for row in compared])  # ordered as r_θ
     metrics["reward_auc"] = concordance(log_ratios, torch.tensor([row.label for row in compared]))
 
-    asked = list({row.prompt: row for row in sorted(rows, key=lambda row: bool(row.references))}.values())  # last wins
-    with_references = [row for row in asked if row.references]
-    sample(model, tokenizer, with_references or asked[:SAMPLES], options, title)
+    with_references = list({row.prompt: row for row in rows if row.references}.values())  # one row of each prompt
+    asked = with_references or list({row.prompt: row for row in rows}.values())[:SAMPLES]
+    sample(model, tokenizer, asked, options, title)
     hits = defaultdict(list, exact_match=[])  # listed even if no row has references: then None
     for row in with_references:
-        references = [text.strip() for text in row.references]
-        found = [text.strip() in references for text in row.samples[title]]
+        found = [text.strip() in map(str.strip, row.references) for text in row.samples[title]]
         hits["exact_match"] += found
         if row.group:
             hits[f"exact_match/{row.group}"] += found
@@ -352,8 +353,7 @@ def tokenize(rows, tokenizer, max_length):
 def load_rows(options, tokenizer):
     """(training rows, test rows) of --data; without a test split a seeded tenth of the prompts is held out for it."""
     source = {"path": options.data, "name": options.data_config, "data_dir": options.data_dir}
-    words = f"--data {options.data} is empty or cannot be read (datasets counts rows from 0)"
-    with naming(words), tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
+    with naming(f"--data {options.data} is empty or unreadable (rows from 0)"), tempfile.TemporaryDirectory() as cache:
         if os.path.isfile(options.data):
             source = {"path": cache, "data_files": {"train": os.path.abspath(options.data)}}  # of whatever format
         if os.path.exists(options.data):
@@ -471,7 +471,7 @@ def load_model(name, options, tokenizer):
         model, loading = AutoModelForCausalLM.from_pretrained(
             name, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
         check(not loading["missing_keys"], f"weights are missing, as {min(loading['missing_keys'], default='')}")
-        check(len(tokenizer) <= model.get_input_embeddings().num_embeddings, "fewer embeddings than tokens; resize it")
+        check(len(tokenizer) <= model.get_input_embeddings().num_embeddings, "fewer embeddings than tokens; add some")
         longest = getattr(config.get_text_config(), "max_position_embeddings", options.max_length)
         check(options.max_length <= longest, f"it takes {longest} tokens; give a --max-length up to that")
         if options.gradient_checkpointing:
@@ -617,8 +617,8 @@ def main(argv=None):
         parser = HfArgumentParser(Options, description=__doc__.splitlines()[0])
         parser.error = lambda message: check(False, message)
         data = Path(parser.parse_args(argv).data).resolve()
-        if Path(__file__).resolve().parent / "data" in (data, *data.parents):  # embedded: not the paper's defaults, but
-            parser.set_defaults(beta=3.0, learning_rate=3e-4, epochs=5)  # the best of a sweep there
+        if Path(__file__).resolve().parent / "data" in (data, *data.parents):  # the embedded data
+            parser.set_defaults(beta=3.0, learning_rate=3e-4, epochs=5)  # the best of a sweep, not the paper's
         options = Options(**vars(parser.parse_args(argv)))
         for name in ("beta", "learning_rate", "epochs", "batch_size", "gradient_accumulation"):
             check(0 < getattr(options, name) < math.inf, f"--{name.replace('_', '-')} is to be over 0")
