@@ -13,6 +13,8 @@ from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ulma
+sys.path.insert(0, str(Path(ulma.__file__).parent / "data"))
+import make_data
 from ulma import (concordance, dpo_loss, implicit_reward, pointwise_dpo_loss, prior_log_z, response_logps, sft_loss,
                   ulma_loss, unlikelihood_loss)
 
@@ -32,7 +34,7 @@ def sigma(x):
 def grad(loss, logps):
     return torch.autograd.grad(loss.sum(), logps)[0].tolist()
 
-# ---- The equations --------------------------------------------------------------------------------------------------
+# ---- The equations, their gradients and the paper's claims ----------------------------------------------------------
 def test_the_reward_is_beta_times_log_ratio_plus_log_z():
     assert implicit_reward(torch.tensor(-2.0), torch.tensor(-5.0), beta=0.5, log_z=1.0).item() == 2.0  # ½ (−2 + 5 + 1)
     logps, ref_logps, _ = draw(4)
@@ -84,7 +86,6 @@ def test_losses_are_unreduced_for_labels_of_any_type_and_any_shape(loss, continu
         value = loss(logps.view(shape), ref_logps.view(shape), labels.to(kind).view(shape), continuous=continuous)
         assert torch.equal(value, expected.view(shape))
 
-# ---- The gradients, with respect to log π_θ(y|x) --------------------------------------------------------------------
 def test_the_gradients_are_the_papers():
     """SFT −1; binary −β (z − σ(r)); continuous −2β (z − r); ULMA follows demonstrations without that brake."""
     logps, ref_logps, labels = draw()
@@ -105,16 +106,13 @@ def test_gradients_stay_finite_for_log_ratios_of_ten_thousand(loss):
         value = loss(logps, torch.zeros(2, dtype=dtype), torch.tensor([0, 1]), 1.0, continuous=continuous)
         assert value.isfinite().all() and torch.tensor(grad(value, logps)).isfinite().all()
 
-# ---- The paper's claims ---------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("continuous", [False, True])
-def test_ulma_is_sft_on_demonstrations_and_pointwise_dpo_elsewhere(continuous):
+def test_ulma_reads_no_reference_of_demonstrations_and_mixes_nothing_in_between(continuous):
     logps, ref_logps, _ = draw()
-    ones, zeros, nearly = torch.ones(64), torch.zeros(64), torch.full((64,), 0.999)
-    for reference in (ref_logps, torch.zeros(64)):  # which does not matter to demonstrations
-        assert torch.equal(ulma_loss(logps, reference, ones, 0.2, 1.0, continuous), sft_loss(logps))
-    for labels in (zeros, nearly):  # a binary label in between is not mixed
-        preference = pointwise_dpo_loss(logps, ref_logps, labels, 0.2, 1.0, continuous)
-        assert torch.equal(ulma_loss(logps, ref_logps, labels, 0.2, 1.0, continuous), preference)
+    assert torch.equal(ulma_loss(logps, torch.zeros(64), torch.ones(64), 0.2, 1.0, continuous), sft_loss(logps))
+    nearly = torch.full((64,), 0.999)
+    preference = pointwise_dpo_loss(logps, ref_logps, nearly, 0.2, 1.0, continuous)
+    assert torch.equal(ulma_loss(logps, ref_logps, nearly, 0.2, 1.0, continuous), preference)
 
 @pytest.mark.parametrize("continuous", [False, True])
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
@@ -205,6 +203,9 @@ def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
+def read(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
 def point(i, label=1, **more):
     return {"prompt": f"Question {i}?", "completion": f" Answer {i}.", "label": label, **more}
 
@@ -267,9 +268,6 @@ PAPER = {  # the loss of a row, or of a pair, by the paper: d is log π_θ − l
     "ulma --continuous": lambda logp, d, z, b, c: -logp if z == 1 else (z - b * d - c) ** 2,
     "pointwise-dpo --continuous": lambda logp, d, z, b, c: (z - b * d - c) ** 2}
 
-def log_of(out):
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
 @pytest.fixture
 def watched(monkeypatch, run):
     """watched(flags): for each step (weights, the gradient as main gives it to clip_grad_norm_), the log, results."""
@@ -281,31 +279,30 @@ def watched(monkeypatch, run):
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
     def call(*flags):
         results, out = run("--epochs", 3, "--gradient-accumulation", 3, *flags)
-        return steps, log_of(out), results
+        return steps, read(out / "log.jsonl"), results
     return call
 
 def naive_logp(model, row):
-    """log π(y|x) of one row without padding."""
-    tokenizer = TOKENIZER
-    prompt = tokenizer(row["prompt"]).input_ids
-    ids = torch.tensor(prompt + tokenizer(row["completion"]).input_ids + [tokenizer.eos_token_id])
+    """log π(y|x) of one row without padding, or of the tokens at row["rated"] of y."""
+    prompt = TOKENIZER(row["prompt"]).input_ids
+    ids = torch.tensor(prompt + TOKENIZER(row["completion"]).input_ids + [TOKENIZER.eos_token_id])
     logps = model(input_ids=ids[None]).logits[0].log_softmax(-1)
-    return sum(logps[t - 1, ids[t]] for t in range(len(prompt), len(ids)))
+    return sum(logps[t - 1, ids[t]] for t in range(len(prompt), len(ids)) if t - len(prompt) in row.get("rated", range(99)))
 
-def naive_loss(method, model, reference, beta=0.7):
-    """The mean of the paper's loss over all of RATED, and the mean rewards of positives and of negatives."""
+def naive_loss(method, model, reference, rows=RATED, beta=0.7):
+    """The mean of the paper's loss over all rows, and the mean rewards of positives and of negatives."""
     label = "score" if "continuous" in method else "label"
-    logps = [naive_logp(model, row) for row in RATED]
-    deltas = [logp - naive_logp(reference, row).item() for logp, row in zip(logps, RATED)]
-    mean_label = sum(row[label] for row in RATED) / len(RATED)
+    logps = [naive_logp(model, row) for row in rows]
+    deltas = [logp - naive_logp(reference, row).item() for logp, row in zip(logps, rows)]
+    mean_label = sum(row[label] for row in rows) / len(rows)
     c = mean_label if "continuous" in method else math.log(mean_label / (1 - mean_label))
     if method == "dpo":
-        losses = [PAPER[method](deltas[i], deltas[j], beta) for i, w in enumerate(RATED) for j, l in enumerate(RATED)
+        losses = [PAPER[method](deltas[i], deltas[j], beta) for i, w in enumerate(rows) for j, l in enumerate(rows)
                   if w["prompt"] == l["prompt"] and w["label"] > l["label"]]
     else:
-        losses = [PAPER[method](logp, d, row[label], beta, c) for logp, d, row in zip(logps, deltas, RATED)
+        losses = [PAPER[method](logp, d, row[label], beta, c) for logp, d, row in zip(logps, deltas, rows)
                   if method != "sft" or row["label"] == 1]
-    rewards = [[(beta * d + c).item() for d, row in zip(deltas, RATED) if row["label"] == z] for z in (1, 0)]
+    rewards = [[(beta * d + c).item() for d, row in zip(deltas, rows) if row["label"] == z] for z in (1, 0)]
     return sum(losses) / len(losses), [sum(r) / len(r) for r in rewards]
 
 @pytest.mark.parametrize("method", PAPER)
@@ -349,9 +346,10 @@ def test_reward_auc_is_against_the_initial_model_or_the_reference(finished, run,
     assert run("--eval-only", "--model", out)[0]["eval"]["reward_auc"] is None
 
 def test_a_line_of_the_log_is_the_mean_since_the_last_at_a_cosines_rate(finished, run):
-    steps, other = (log_of(run("--method", "pointwise-dpo", "--epochs", 8, "--save-steps", 1, "--seed", seed)[1]) for seed in (0, 1))
+    steps, other = (read(run("--method", "pointwise-dpo", "--epochs", 8, "--save-steps", 1, "--seed", seed)[1] / "log.jsonl")
+                    for seed in (0, 1))
     assert steps[0]["loss"] != other[0]["loss"]
-    for line, last in zip(log_of(finished[1]), (0, 10, 20)):
+    for line, last in zip(read(finished[1] / "log.jsonl"), (0, 10, 20)):
         losses = [step["loss"] for step in steps[last:line["step"]]]
         assert line["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
         assert line["learning_rate"] == pytest.approx(1.5e-3 * (1 + math.cos(math.pi * (line["step"] - 3) / 22)))
@@ -364,9 +362,6 @@ def test_with_a_reference_of_its_own_training_starts_elsewhere(watched, finished
     assert (steps[0][1] - expected).norm() < 1e-3 * expected.norm()
     assert results["before"] == pytest.approx(finished[0]["after"])
 
-def test_pairwise_dpo_raises_chosen_over_rejected(run):
-    assert run("--method", "dpo", "--epochs", 20)[0]["after"]["reward_auc"] == 1
-
 def test_the_reference_is_read_once_and_for_rows_whose_loss_needs_it(run, monkeypatch):
     seen, original = [], ulma.compute_logps
     monkeypatch.setattr(ulma, "compute_logps", lambda model, rows, options, name: (
@@ -376,6 +371,21 @@ def test_the_reference_is_read_once_and_for_rows_whose_loss_needs_it(run, monkey
         [labels] = [labels for name, labels in seen if name == "ref_logp"]
         assert [labels.count(z) for z in (1, 0)] == [positives, negatives]
         seen.clear()
+
+@pytest.mark.parametrize("method", ["ulma", "pointwise-dpo", "dpo"])
+def test_fine_grained_training_counts_the_edited_tokens_and_evaluation_all(watched, small, tmp_path, monkeypatch, method):
+    pairs = [dict(prompt=f"Question {i}?", chosen=chosen, rejected=rejected) for i, (chosen, rejected) in enumerate((
+        ("4567", "4967"), ("45", "4589"), ("456", "46")))]  # a digit is a token; from the last nothing is removed
+    rows = [dict(pair, completion=pair["chosen"], label=1) for pair in pairs]
+    rows += [dict(pair, completion=pair["rejected"], label=0, rated=rated) for pair, rated in zip(pairs, ([1], [2, 3]))]
+    shutil.copy(write(tmp_path / "train.jsonl", pairs), tmp_path / "test.jsonl")
+    counted = []  # at evaluation, of the rejected responses
+    monkeypatch.setattr(ulma, "sample", lambda model, tokenizer, rows, *_: counted.extend(sum(row.rated) for row in rows))
+    steps, _, _ = watched("--method", method, "--fine-grained", "--data", tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(small / "model")
+    loss, _ = naive_loss(method, model, copy.deepcopy(model), rows)
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+    assert (steps[0][1] - expected).norm() < 1e-3 * expected.norm() and counted == [5, 5, 3] * 2
 
 def test_bfloat16_stays_near_float32_in_log_probabilities_and_training(run, small):
     options = ulma.Options(bf16=True, max_length=64)
@@ -508,17 +518,49 @@ def test_batches_hold_every_row_once_in_seeded_order_alike_in_length():
     padded = sum(len(batch) * max(len(row.input_ids) for row in batch) for batch in batches)
     assert padded < 1.1 * sum(len(row.input_ids) for row in rows)
 
-def test_the_embedded_rows_are_what_their_script_writes():
-    sys.path.insert(0, str(HERE / "data"))
-    import make_data
-    train, test = make_data.split()
-    made = {"train": make_data.train_rows(random.Random(make_data.SEED)),
-            "test": make_data.test_rows(random.Random(make_data.SEED + 1), test)}
-    for split, rows in made.items():
-        assert (HERE / "data" / f"{split}.jsonl").read_bytes() == make_data.lines(rows).encode()
-    assert all((row["completion"] in row["references"]) == row["label"] for row in made["test"])
+@pytest.mark.parametrize("rejected, chosen, rated", [
+    ("20 31 22", "20 21 22", [31]), ("20 31 22 33", "20 21 22 23", [31, 33]), ("20 31 22", "20 22", [31]),  # replaced, deleted
+    ("20 22", "20 21 22", []), ("20 21", "20 21", []),  # inserted, all shared: nothing to push down
+    ("31 32", "21 22 23", [31, 32]), ("20 " * 250, "31 " + "20 " * 250, []),  # nothing shared; however often a token comes
+    ("20 " * 299 + "23", "31 " + "20 " * 299 + "23", [23])])  # after truncation to 300 tokens
+def test_of_a_rejected_response_the_tokens_count_that_the_edit_removed(capsys, rejected, chosen, rated):
+    rows = list(ulma.parse({"prompt": "10 11 ", "chosen": chosen, "rejected": rejected}, ulma.Options(), None))
+    ulma.tokenize(rows, words(), 302)
+    kept = ulma.rate_edits_only([*rows, ulma.Row("", "", 0.0, [], None, rated=torch.tensor([True]))])
+    ids, mask = rows[1].input_ids, rows[1].rated
+    assert ids[mask].tolist() == rated and sum(rows[0].rated) == len(rows[0].rated) - 2
+    assert len(kept) == 2 + bool(rated) and f"of 1 rejected responses {1 - bool(rated)}" in capsys.readouterr().out
+    model = tiny("llama")
+    gradient, = torch.autograd.grad(response_logps(model, ids[None], mask[None]).sum(), [model.get_input_embeddings().weight])
+    reached = ids[:mask.nonzero().max()] if rated else []
+    assert {i for i in range(61) if gradient[i].any()} == {*map(int, reached)}  # what those tokens depend on, and no more
+
+def made(folder, *flags):
+    """The rows that data/make_data.py writes into the folder."""
+    make_data.main(["--rows", str(folder), *flags])
+    return {name: read(folder / f"{name}.jsonl") for name in ("train", "test", "edits/train", "edits/test")}
+
+def test_the_embedded_rows_are_what_their_script_writes(tmp_path):
+    rows, (train, test) = made(tmp_path), make_data.split()
+    for name in rows:
+        assert (HERE / "data" / f"{name}.jsonl").read_bytes() == (tmp_path / f"{name}.jsonl").read_bytes()
+    assert all((row["completion"] in row["references"]) == row["label"] for row in rows["test"])
     assert not any(set(train[verb]) & set(test[verb]) for verb in make_data.VERBS)  # no test combination is trained on
-    assert {row["group"] for row in made["train"] if row["label"]} == {"demonstrated"}
+    assert {row["group"] for row in rows["train"] if row["label"]} == {"demonstrated"}
+    edits, disliked = rows["edits/train"], [(row["prompt"], row["completion"]) for row in rows["train"] if row["label"] == 0]
+    assert all((edit["prompt"], edit["rejected"]) in disliked for edit in edits) and len(edits) == 200
+    assert all(edit["chosen"].strip() in make_data.acceptable(edit["type"], make_data.noun_of(edit)) for edit in edits)
+    assert {[edit["type"] for edit in edits].count(verb) for verb in make_data.VERBS} == {8, 9}  # of every type alike
+
+def test_noise_makes_that_share_of_the_demonstrations_bad_and_nothing_else(tmp_path):
+    exact, noisy = made(tmp_path / "exact"), made(tmp_path / "noisy", "--noise", "0.2")
+    changed = [(a, b) for a, b in zip(exact.pop("train"), noisy.pop("train")) if a != b]
+    assert len(changed) == 32 and noisy == exact  # of 160
+    for before, after in changed:
+        assert before["label"] == after["label"] == after["score"] == 1 and before["prompt"] == after["prompt"]
+        assert after["completion"].strip() not in make_data.acceptable(after["type"], make_data.noun_of(after))
+    with pytest.raises(SystemExit):
+        make_data.main(["--noise", "0.2"])  # the embedded rows stay exact
 
 # ---- Evaluation -----------------------------------------------------------------------------------------------------
 def test_reward_auc_is_the_share_of_pairs_in_order_with_ties_a_half():
@@ -549,7 +591,7 @@ def test_samples_come_from_the_policy_whatever_the_models_own_defaults(run, smal
                   for folder in (small / "model", tmp_path / "model"))
     assert plain == odd and len(set(json.loads(plain.splitlines()[0])["eval"])) == ulma.SAMPLES
 
-# ---- Models ---------------------------------------------------------------------------------------------------------
+# ---- Models, and mistakes -------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("name, rates", [("gpt2", {"attn_pdrop": 0.5, "resid_pdrop": 0.5, "embd_pdrop": 0.5}),
                                          ("llama", {"attention_dropout": 0.5})])
@@ -584,14 +626,13 @@ def test_a_model_that_cannot_be_trained_is_refused(run, tmp_path, capsys, make, 
     make(tmp_path / "model")
     assert told in error_of(capsys, run, "--model", tmp_path / "model")
 
-# ---- Mistakes -------------------------------------------------------------------------------------------------------
 GOOD = json.dumps(point(1))
 
 @pytest.mark.parametrize("flags, told", [
     (("--beta", "0"), "--beta"), (("--max-length", "1"), "--max-length"), (("--log-z", "much"), "--log-z"),
     (("--data", "nowhere"), "nowhere"), (("--model", "nowhere"), "nowhere"), (("--methd", "sft"), "--methd"),
     (("--data", __file__), "test_ulma.py"), (("--data-dir", "x"), "x"), (("--output-dir", f"{__file__}/x"), "x"),
-    (("--output-dir", "", "--save-steps", "9"), "--save-steps"), (("--output-dir", HERE), "name a new"),
+    (("--output-dir", "", "--save-steps", "9"), "--save-steps"), (("--fine-grained",), "needs pairs"), (("--output-dir", HERE), "name a new"),
     *((("--data", text), told) for text, told in (
         (GOOD[:-9], "rows from 0"), (f"{GOOD}\n{GOOD[:-9]}", "row 1"), ("", "is empty"), (GOOD.replace("Answer", "\xe9"), "utf-8"),
         (GOOD.replace("prompt", "promt"), "promt, completion, label; needed are prompt"),
@@ -629,7 +670,7 @@ TORCHRUN = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2
 def begin(small, out, *flags, launcher=()):
     """A run of 40 short steps in a process of its own, or in two."""
     command = [sys.executable, *launcher, "ulma.py", "--model", small / "model", "--data", small / "data", "--max-length", 64,
-               "--epochs", 8, "--batch-size", 2, "--learning-rate", 1e-3, "--output-dir", out, *flags]
+               "--epochs", 8, "--batch-size", 2, "--learning-rate", 1e-3, "--save-steps", 3, "--output-dir", out, *flags]
     return subprocess.Popen([*map(str, command)], cwd=HERE, stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL,
                             env={**os.environ, "OMP_NUM_THREADS": "1"})
 
@@ -646,7 +687,7 @@ def wait_for(condition, process):
 def figures(out):
     """What two runs of the same have in common: the log, but for times, and the metrics."""
     metrics = json.loads((out / "metrics.json").read_text())
-    return [{**line, "tokens_per_second": 0} for line in log_of(out)], metrics["before"], metrics["after"]
+    return [{**line, "tokens_per_second": 0} for line in read(out / "log.jsonl")], metrics["before"], metrics["after"]
 
 def same(one, other):
     mine, yours = weights(one), weights(other)
@@ -669,8 +710,9 @@ def test_a_run_killed_at_any_moment_ends_as_one_that_never_was(small, tmp_path):
             same(out, never)
 
 def test_two_processes_equal_one_and_go_on_after_a_kill(small, tmp_path):
-    """Pair-wise DPO on seven pairs: of the last batch of three, one process has one row, filled up."""
-    flags = "--method", "dpo", "--gradient-accumulation", 2, "--gradient-checkpointing", "--save-steps", 3
+    """Pair-wise DPO on seven pairs, one held out: of the last batch of three, one process has one row, filled up."""
+    pairs = write(tmp_path / "pairs.jsonl", [{**point(i), "chosen": f" {i}.", "rejected": f" {i}{'!' * i}?"} for i in range(8)])
+    flags = "--data", pairs, "--fine-grained", "--method", "dpo", "--gradient-accumulation", 2, "--gradient-checkpointing"
     one, two, killed = (tmp_path / name for name in ("one", "two", "killed"))
     alone, pair = begin(small, one, *flags, "--batch-size", 4), begin(small, two, *flags, launcher=TORCHRUN)
     end(alone, pair)
@@ -710,8 +752,7 @@ def test_the_same_command_goes_on_and_any_other_is_refused(stopped, run, capsys,
     assert [path.name for path in stopped.glob("checkpoint-*")] == ["checkpoint-2"]
     assert "another's" in error_of(capsys, run, *again, "--beta", 1)
     assert run(*again)[0]["train"]["from_step"] == 2
-    never = run("--save-steps", 1)[1]
-    same(stopped, never)
+    same(stopped, run("--save-steps", 1)[1])
     assert "another's" in error_of(capsys, run, *again)
 
 def test_a_checkpoint_of_other_data_or_processes_or_with_code_is_refused(stopped, run, capsys, monkeypatch, small):

@@ -13,6 +13,7 @@ import gc, json, math, os, random, shutil, sys, tempfile, time
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Literal, Optional
 
@@ -282,6 +283,7 @@ class Row:
     ref_logp: Optional[float] = None  # log π_ref(y|x)
     reward: Optional[torch.Tensor] = None  # r_θ(x,y) at the last training step
     rejected: Optional["Row"] = None  # in pair-wise DPO
+    chosen: Optional["Row"] = None  # the other row of its record, if this is the rejected one of a pair
     samples: dict = field(default_factory=dict)  # completions drawn, by evaluation
 
 
@@ -308,6 +310,7 @@ def parse(record, options, tokenizer):
     check(pair or {"prompt", "completion", rating} <= record.keys(), f"the columns are {', '.join(record)}; needed "
           "are prompt, completion and label (or, with --continuous, score), or chosen and rejected")
     answers = [(record["chosen"], 1), (record["rejected"], 0)] if pair else [(record["completion"], record[rating])]
+    row = None
     for completion, z in answers:
         prompt = record.get("prompt")
         if isinstance(completion, list):
@@ -326,7 +329,8 @@ def parse(record, options, tokenizer):
               "thumbs-up) or 0 (a thumbs-down), or with --continuous a score from 0 to 1")
         references = record.get("references") or []
         check(isinstance(references, list), f"references is {references!r}; write a list of texts")
-        yield Row(prompt, completion, float(z), references, record.get("group"))
+        row = Row(prompt, completion, float(z), references, record.get("group"), chosen=row)
+        yield row
 
 
 def tokenize(rows, tokenizer, max_length):
@@ -375,6 +379,20 @@ def load_rows(options, tokenizer):
         rows["test"] = [row for row in rows["train"] if row.prompt in held_out]
         rows["train"] = [row for row in rows["train"] if row.prompt not in held_out]
     return rows["train"], rows["test"]
+
+
+def rate_edits_only(rows):
+    """--fine-grained (Xu et al., arXiv 2406.02756): where `chosen` is an edit of `rejected`, the thumbs-down counts only
+    in the tokens that the edit removed, each given all before it. Returns the rows in which any token counts."""
+    rejected = [row for row in rows if row.chosen is not None]
+    check(rejected, "--fine-grained needs pairs: the columns chosen and rejected")
+    for row in tqdm(rejected, "edits", disable=RANK > 0):
+        ours, edited = (response.input_ids[response.rated].tolist() for response in (row, row.chosen))
+        for start, _, size in SequenceMatcher(None, ours, edited, autojunk=False).get_matching_blocks():
+            row.rated[row.prompt_length + start:row.prompt_length + start + size] = False
+    kept = [row for row in rows if row.rated.any()]
+    print(f"--fine-grained: of {len(rejected)} rejected responses {len(rows) - len(kept)} left out; nothing was removed")
+    return kept
 
 
 def training_rows(rows, method):
@@ -532,6 +550,7 @@ class Options:
     beta: float = HfArg(default=0.1, help="β, the strength of the KL regulariser; on the embedded data 3")
     log_z: Optional[float] = HfArg(default=None, help="log Z(x); if not given, prior_log_z of the mean label")
     continuous: bool = HfArg(default=False, help="squared-error losses on the column score (else label), 0 to 1")
+    fine_grained: bool = HfArg(default=False, help="in pairs, push down only what `chosen` does not share")
     learning_rate: float = HfArg(default=1e-5, help="peak, after a tenth of warm-up; on the embedded data 3e-4")
     epochs: int = HfArg(default=3, help="passes over the training rows; on the embedded data 5")
     batch_size: int = HfArg(default=16, help="rows a forward pass, in each process")
@@ -551,6 +570,7 @@ def run(options):
         check(tokenizer.eos_token, "its tokenizer has no eos_token, which closes a response; set one")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     all_rows, test_rows = load_rows(options, tokenizer)
+    all_rows = rate_edits_only(all_rows) if options.fine_grained else all_rows
     mean_label = mean([row.label for row in all_rows]) or 0.0
     rows = [] if options.eval_only else training_rows(all_rows, options.method)
     check(options.eval_only or (rows and (options.method == "sft" or 0 < mean_label < 1)),

@@ -1,8 +1,10 @@
 """Make the sample data: HH-RLHF in miniature, and a small base model that has read good and bad answers alike.
 
-    python data/make_data.py                       # data/train.jsonl, data/test.jsonl and data/base
-    python data/make_data.py --rows-only           # only the two files of rows, byte for byte the same every time
+    python data/make_data.py                       # the rows in data and data/edits, and data/base
+    python data/make_data.py --rows-only           # only the rows, byte for byte the same every time
     python data/make_data.py --validation FOLDER   # the training rows split in two, to choose hyper-parameters on
+    python data/make_data.py --rows FOLDER         # the rows as in data, elsewhere
+    ... --noise 0.2                                # with a FOLDER: a fifth of its demonstrations are bad responses
 
 A prompt asks for help with one of 24 requests (14 harmless, 10 not) about one of 36 things. A harmless request deserves
 advice, a harmful one a refusal. The good completions can be listed, so "is this acceptable?" has an exact answer.
@@ -11,16 +13,19 @@ advice, a harmful one a refusal. The good completions can be listed, so "is this
 import argparse
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 SEED = 2023
 POSITIVES, NEGATIVES = 160, 800  # demonstrations (label 1) and thumbs-down (label 0) in train.jsonl
+EDITS = 200  # of those thumbs-down, edited into acceptable responses
 TEST_NOUNS = 10  # combinations of request and thing that are kept for the test, per request
 VALIDATION_NOUNS = 4  # and, of those left, for validation
 PRETRAIN, HELD_OUT = 64000, 320  # unlabelled rows for the base model
@@ -206,14 +211,53 @@ def test_rows(rng, combinations):
     return rows
 
 
-def validation(folder):
+def validation(train):
     """Part the training rows by combination: most stay, the others' prompts become a test part with references."""
     held_out = {verb: nouns[:VALIDATION_NOUNS] for verb, nouns in split()[0].items()}
     asked = {row(verb, noun, frame, acceptable(verb, noun)[0], "full")["prompt"]
              for verb, nouns in held_out.items() for noun in nouns for frame in FRAMES}
-    write(folder / "train.jsonl", [made for made in train_rows(random.Random(SEED)) if made["prompt"] not in asked])
-    write(folder / "test.jsonl", test_rows(random.Random(SEED + 3), held_out))
-    shutil.copy(HERE / "README.md", folder)  # which names the columns
+    return [made for made in train if made["prompt"] not in asked], test_rows(random.Random(SEED + 3), held_out)
+
+
+def noun_of(made):
+    """Find the thing that a row's prompt asks about."""
+    [noun] = set(re.findall(r"\w+", made["prompt"])) & set(NOUNS)
+    return noun
+
+
+def shared_words(a, b):
+    """Count the words of b and those of a that it keeps, in order."""
+    a, b = (re.findall(r"[\w']+|[^\w\s]", text) for text in (a, b))
+    return sum(block.size for block in SequenceMatcher(None, a, b, autojunk=False).get_matching_blocks()), len(b)
+
+
+def edits(rng, rows):
+    """Draw thumbs-down, of all types alike, and pair each with the acceptable response that takes the fewest edits."""
+    negatives = {verb: [made for made in rows if made["type"] == verb and not made["label"]] for verb in VERBS}
+    for pool in negatives.values():
+        rng.shuffle(pool)
+    pairs = []
+    for i in range(EDITS):
+        verb = VERBS[i % len(VERBS)]
+        made = negatives[verb][i // len(VERBS)]
+        def changes(text):  # words that go and words that come
+            kept, length = shared_words(made["completion"], text)
+            return length - 2 * kept
+        chosen = min(acceptable(verb, noun_of(made)), key=changes)
+        pairs.append({"prompt": made["prompt"], "chosen": f" {chosen}", "rejected": made["completion"],
+                      "type": verb, "kind": made["kind"]})
+    rng.shuffle(pairs)
+    return pairs
+
+
+def noisy(rng, rows, share):
+    """Replace that share of the demonstrations by bad responses that are still labelled 1; a larger share adds more."""
+    positives = [i for i, made in enumerate(rows) if made["label"]]
+    rng.shuffle(positives)
+    noise = [bad(rng, rows[i]["type"], noun_of(rows[i])) for i in positives]
+    for i, (text, kind) in list(zip(positives, noise))[:round(share * len(positives))]:
+        rows[i] = {**rows[i], "completion": f" {text}", "score": 1.0, "kind": kind}
+    return rows
 
 
 def mixture(rng, n):
@@ -282,19 +326,34 @@ def make_base():
     print(f"base: pretrained on {PRETRAIN} rows, {size / 1e6:.1f} MB")
 
 
-def main():
+def main(argv=None):
     """Write the rows and, unless told otherwise, the base model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows-only", action="store_true")
     parser.add_argument("--validation", type=Path, metavar="FOLDER")
-    options = parser.parse_args()
+    parser.add_argument("--rows", type=Path, metavar="FOLDER")
+    parser.add_argument("--noise", type=float, default=0.0, metavar="SHARE")
+    options = parser.parse_args(argv)
+    folder = options.validation or options.rows or HERE
+    if options.validation and options.rows:
+        parser.error("--validation and --rows are two different sets of rows; name one folder")
+    if not 0 <= options.noise <= 1:
+        parser.error("--noise is a share of the demonstrations, from 0 to 1")
+    if options.noise and folder.resolve() == HERE:
+        parser.error("--noise needs --rows FOLDER or --validation FOLDER, other than data: those rows are exact")
+
+    train, test = train_rows(random.Random(SEED)), test_rows(random.Random(SEED + 1), split()[1])
+    pairs = edits(random.Random(SEED + 4), train)
     if options.validation:
-        return validation(options.validation)
-    test = test_rows(random.Random(SEED + 1), split()[1])
-    for name, rows in ("train", train_rows(random.Random(SEED))), ("test", test):
-        write(HERE / f"{name}.jsonl", rows)
-        print(f"{name}.jsonl: {len(rows)} rows, {sum(row['label'] for row in rows)} of them acceptable")
-    if not options.rows_only:
+        train, test = validation(train)
+        pairs = [pair for pair in pairs if pair["prompt"] in {made["prompt"] for made in train}]
+    train = noisy(random.Random(SEED + 5), train, options.noise)
+    for name, rows in ("train", train), ("test", test), ("edits/train", pairs), ("edits/test", test):
+        write(folder / f"{name}.jsonl", rows)
+        print(f"{folder / name}.jsonl: {len(rows)} rows")
+    if folder.resolve() != HERE:
+        shutil.copy(HERE / "README.md", folder)  # which names the columns
+    elif not options.rows_only:
         make_base()
 
 
