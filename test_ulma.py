@@ -529,7 +529,7 @@ def test_of_a_rejected_response_the_tokens_count_that_the_edit_removed(capsys, r
     kept = ulma.rate_edits_only([*rows, ulma.Row("", "", 0.0, [], None, rated=torch.tensor([True]))])
     ids, mask = rows[1].input_ids, rows[1].rated
     assert ids[mask].tolist() == rated and sum(rows[0].rated) == len(rows[0].rated) - 2
-    assert len(kept) == 2 + bool(rated) and f"of 1 rejected responses {1 - bool(rated)}" in capsys.readouterr().out
+    assert len(kept) == 2 + bool(rated) and f"{1 - bool(rated)} of 1 rejected left out" in capsys.readouterr().out
     model = tiny("llama")
     gradient, = torch.autograd.grad(response_logps(model, ids[None], mask[None]).sum(), [model.get_input_embeddings().weight])
     reached = ids[:mask.nonzero().max()] if rated else []

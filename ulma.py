@@ -382,8 +382,8 @@ def load_rows(options, tokenizer):
 
 
 def rate_edits_only(rows):
-    """--fine-grained (Xu et al., arXiv 2406.02756): where `chosen` is an edit of `rejected`, the thumbs-down counts only
-    in the tokens that the edit removed, each given all before it. Returns the rows in which any token counts."""
+    """--fine-grained (Xu et al., arXiv 2406.02756): `chosen` being an edit of `rejected`, the thumbs-down counts only in
+    the tokens that the edit removed, each given all before it. Returns the rows in which any token counts."""
     rejected = [row for row in rows if row.chosen is not None]
     check(rejected, "--fine-grained needs pairs: the columns chosen and rejected")
     for row in tqdm(rejected, "edits", disable=RANK > 0):
@@ -391,7 +391,7 @@ def rate_edits_only(rows):
         for start, _, size in SequenceMatcher(None, ours, edited, autojunk=False).get_matching_blocks():
             row.rated[row.prompt_length + start:row.prompt_length + start + size] = False
     kept = [row for row in rows if row.rated.any()]
-    print(f"--fine-grained: of {len(rejected)} rejected responses {len(rows) - len(kept)} left out; nothing was removed")
+    print(f"--fine-grained: {len(rows) - len(kept)} of {len(rejected)} rejected left out: nothing was removed of them")
     return kept
 
 
