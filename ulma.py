@@ -382,8 +382,8 @@ def load_rows(options, tokenizer):
 
 
 def rate_edits_only(rows):
-    """--fine-grained (Xu et al., arXiv 2406.02756): `chosen` being an edit of `rejected`, the thumbs-down counts only in
-    the tokens that the edit removed, each given all before it. Returns the rows in which any token counts."""
+    """--fine-grained (Xu et al., arXiv 2406.02756): where `chosen` edits `rejected`, the thumbs-down counts only in the
+    tokens that the edit removed, each given all before it. Returns the rows in which any token counts."""
     rejected = [row for row in rows if row.chosen is not None]
     check(rejected, "--fine-grained needs pairs: the columns chosen and rejected")
     for row in tqdm(rejected, "edits", disable=RANK > 0):
