@@ -283,7 +283,7 @@ class Row:
     ref_logp: Optional[float] = None  # log π_ref(y|x)
     reward: Optional[torch.Tensor] = None  # r_θ(x,y) at the last training step
     rejected: Optional["Row"] = None  # in pair-wise DPO
-    chosen: Optional["Row"] = None  # the other row of its record, if this is the rejected one of a pair
+    edited: Optional["Row"] = None  # the `chosen` of its record, if this is the `rejected`
     samples: dict = field(default_factory=dict)  # completions drawn, by evaluation
 
 
@@ -329,7 +329,7 @@ def parse(record, options, tokenizer):
               "thumbs-up) or 0 (a thumbs-down), or with --continuous a score from 0 to 1")
         references = record.get("references") or []
         check(isinstance(references, list), f"references is {references!r}; write a list of texts")
-        row = Row(prompt, completion, float(z), references, record.get("group"), chosen=row)
+        row = Row(prompt, completion, float(z), references, record.get("group"), edited=row)
         yield row
 
 
@@ -384,10 +384,10 @@ def load_rows(options, tokenizer):
 def rate_edits_only(rows):
     """--fine-grained (Xu et al., arXiv 2406.02756): where `chosen` edits `rejected`, the thumbs-down counts only in the
     tokens that the edit removed, each given all before it. Returns the rows in which any token counts."""
-    rejected = [row for row in rows if row.chosen is not None]
+    rejected = [row for row in rows if row.edited is not None]
     check(rejected, "--fine-grained needs pairs: the columns chosen and rejected")
     for row in tqdm(rejected, "edits", disable=RANK > 0):
-        ours, edited = (response.input_ids[response.rated].tolist() for response in (row, row.chosen))
+        ours, edited = (response.input_ids[response.rated].tolist() for response in (row, row.edited))
         for start, _, size in SequenceMatcher(None, ours, edited, autojunk=False).get_matching_blocks():
             row.rated[row.prompt_length + start:row.prompt_length + start + size] = False
     kept = [row for row in rows if row.rated.any()]

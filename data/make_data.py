@@ -243,6 +243,12 @@ def noun_of(made):
     return noun
 
 
+def verb_of(made):
+    """Find the type of request that a row's prompt makes."""
+    [verb] = [verb for verb in VERBS if say("{base}", verb, noun_of(made)) in made["prompt"]]
+    return verb
+
+
 def shared_words(a, b):
     """Count the words of b and those of a that it keeps, in order."""
     a, b = (re.findall(r"[\w']+|[^\w\s]", text) for text in (a, b))
@@ -279,17 +285,17 @@ def noisy(rng, rows, share):
 
 
 def show_kinds(folders):
-    """Print how often the completions of finished runs are of each kind: mean and standard error over the runs."""
-    types = {made["prompt"]: made["type"] for made in map(json.loads, (HERE / "test.jsonl").open(encoding="utf-8"))}
-    shares = {kind: [] for kind in [*SCORES, "other"]}
+    """Print how often the last completions of finished runs are of each kind: mean and standard error over the runs."""
+    shares = {kind: [] for kind in ["acceptable", *SCORES, "other"]}
     for folder in folders:
-        kinds = [kind_of(types[made["prompt"]], noun_of(made), text.strip())
-                 for made in map(json.loads, (folder / "samples.jsonl").open(encoding="utf-8")) for text in made["after"]]
+        kinds = [kind_of(verb_of(made), noun_of(made), text.strip())
+                 for made in read(folder / "samples.jsonl") for text in list(made.values())[-1]]
+        kinds += ["acceptable" for kind in kinds if kind in ("full", "brief")]
         for kind, values in shares.items():
-            values.append(100 * kinds.count(kind) / len(kinds))
+            values.append(100 * kinds.count(kind) / (len(kinds) - kinds.count("acceptable")))
     for kind, values in shares.items():
-        error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-        print(f"{kind:14}{statistics.mean(values):6.1f} ± {error:.1f} %")
+        error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.1f}" if len(values) > 1 else ""
+        print(f"{kind:14}{statistics.mean(values):6.1f}{error} %")
 
 
 def mixture(rng, n):
@@ -306,6 +312,11 @@ def mixture(rng, n):
 def lines(rows):
     """Format one JSON object per line."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def read(path):
+    """Read rows from a file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def write(path, rows):
@@ -369,13 +380,15 @@ def main(argv=None):
     options = parser.parse_args(argv)
     if options.kinds:
         return show_kinds(options.kinds)
-    folder = options.validation or options.rows or HERE
+    elsewhere = options.validation or options.rows
     if options.validation and options.rows:
         parser.error("--validation and --rows are two different sets of rows; name one folder")
+    if elsewhere and HERE in (elsewhere.resolve(), *elsewhere.resolve().parents):
+        parser.error(f"{elsewhere} holds the embedded rows, which stay as they are; name a folder elsewhere")
     if not 0 <= options.noise <= 1:
         parser.error("--noise is a share of the demonstrations, from 0 to 1")
-    if options.noise and folder.resolve() == HERE:
-        parser.error("--noise needs --rows FOLDER or --validation FOLDER, other than data: those rows are exact")
+    if options.noise and not elsewhere:
+        parser.error("--noise needs --rows FOLDER or --validation FOLDER: the embedded rows are exact")
 
     train, test = train_rows(random.Random(SEED)), test_rows(random.Random(SEED + 1), split()[1])
     pairs = edits(random.Random(SEED + 4), train)
@@ -384,10 +397,11 @@ def main(argv=None):
         pairs = [pair for pair in pairs if pair["prompt"] in {made["prompt"] for made in train}]
     train = noisy(random.Random(SEED + 5), train, options.noise)
     for name, rows in ("train", train), ("test", test), ("edits/train", pairs), ("edits/test", test):
-        write(folder / f"{name}.jsonl", rows)
-        print(f"{folder / name}.jsonl: {len(rows)} rows")
-    if folder.resolve() != HERE:
-        shutil.copy(HERE / "README.md", folder)  # which names the columns
+        path = (elsewhere or HERE) / f"{name}.jsonl"
+        write(path, rows)
+        print(f"{path}: {len(rows)} rows")
+    if elsewhere:
+        shutil.copy(HERE / "README.md", elsewhere)  # which names the columns
     elif not options.rows_only:
         make_base()
 
