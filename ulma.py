@@ -391,7 +391,7 @@ def rate_edits_only(rows):
         for start, _, size in SequenceMatcher(None, ours, edited, autojunk=False).get_matching_blocks():
             row.rated[row.prompt_length + start:row.prompt_length + start + size] = False
     kept = [row for row in rows if row.rated.any()]
-    print(f"--fine-grained: {len(rows) - len(kept)} of {len(rejected)} rejected left out: nothing was removed of them")
+    print(f"--fine-grained: {len(rows) - len(kept)} of {len(rejected)} rejected left out (nothing removed)")
     return kept
 
 
