@@ -310,7 +310,7 @@ def parse(record, options, tokenizer):
     check(pair or {"prompt", "completion", rating} <= record.keys(), f"the columns are {', '.join(record)}; needed "
           "are prompt, completion and label (or, with --continuous, score), or chosen and rejected")
     answers = [(record["chosen"], 1), (record["rejected"], 0)] if pair else [(record["completion"], record[rating])]
-    row = None
+    row = None  # the second row of a pair knows the first
     for completion, z in answers:
         prompt = record.get("prompt")
         if isinstance(completion, list):
@@ -387,8 +387,8 @@ def rate_edits_only(rows):
     rejected = [row for row in rows if row.edited is not None]
     check(rejected, "--fine-grained needs pairs: the columns chosen and rejected")
     for row in tqdm(rejected, "edits", disable=RANK > 0):
-        ours, edited = (response.input_ids[response.rated].tolist() for response in (row, row.edited))
-        for start, _, size in SequenceMatcher(None, ours, edited, autojunk=False).get_matching_blocks():
+        before, after = (response.input_ids[response.rated].tolist() for response in (row, row.edited))
+        for start, _, size in SequenceMatcher(None, before, after, autojunk=False).get_matching_blocks():
             row.rated[row.prompt_length + start:row.prompt_length + start + size] = False
     kept = [row for row in rows if row.rated.any()]
     print(f"--fine-grained: {len(rows) - len(kept)} of {len(rejected)} rejected left out (nothing removed)")
