@@ -287,7 +287,7 @@ def naive_logp(model, row):
     prompt = TOKENIZER(row["prompt"]).input_ids
     ids = torch.tensor(prompt + TOKENIZER(row["completion"]).input_ids + [TOKENIZER.eos_token_id])
     logps = model(input_ids=ids[None]).logits[0].log_softmax(-1)
-    return sum(logps[t - 1, ids[t]] for t in range(len(prompt), len(ids)) if t - len(prompt) in row.get("rated", range(99)))
+    return sum(logps[t - 1, ids[t]] for t in range(len(prompt), len(ids)) if t - len(prompt) in row.get("rated", range(len(ids))))
 
 def naive_loss(method, model, reference, rows=RATED, beta=0.7):
     """The mean of the paper's loss over all rows, and the mean rewards of positives and of negatives."""

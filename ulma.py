@@ -389,7 +389,7 @@ def rate_edits_only(rows):
     for row in tqdm(rejected, "edits", disable=RANK > 0):
         before, after = (response.input_ids[response.rated].tolist() for response in (row, row.edited))
         for start, _, size in SequenceMatcher(None, before, after, autojunk=False).get_matching_blocks():
-            row.rated[row.prompt_length + start:row.prompt_length + start + size] = False
+            row.rated[row.prompt_length:][start:start + size] = False  # of the response
     kept = [row for row in rows if row.rated.any()]
     print(f"--fine-grained: {len(rows) - len(kept)} of {len(rejected)} rejected left out (nothing removed)")
     return kept
