@@ -1,4 +1,4 @@
-"""ULMA's claims, one a test: the losses against the paper's equations, then what carries them, in ulma.py's order."""
+"""ULMA's claims, one a test: the losses against the paper's equations, then the rest in ulma.py's order."""
 import contextlib, copy, itertools, json, math, os, random, re, shutil, signal, subprocess, sys, time, weakref
 from pathlib import Path
 
@@ -14,14 +14,12 @@ from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ulma
-sys.path.insert(0, str(Path(ulma.__file__).parent / "data"))
-import make_data
 from ulma import (concordance, dpo_loss, implicit_reward, pointwise_dpo_loss, prior_log_z, response_logps,
                   sft_loss, ulma_loss)
 
 HERE = Path(ulma.__file__).parent
 TOKENIZER = AutoTokenizer.from_pretrained(HERE / "data" / "base")
-LOSSES = {"pointwise-dpo": pointwise_dpo_loss, "ulma": ulma_loss}
+LOSSES = pointwise_dpo_loss, ulma_loss
 
 def draw(n=64, seed=0):
     """Random log π_θ, log π_ref and labels 0/1: (n,), float64."""
@@ -37,7 +35,7 @@ def grad(loss, logps):
 
 # ---- The equations, their gradients and the paper's claims -------------------------------------------------
 def test_the_reward_is_beta_times_log_ratio_plus_log_z():
-    assert implicit_reward(torch.tensor(-2.0), torch.tensor(-5.0), beta=0.5, log_z=1.0).item() == 2.0  # ½ (−2 + 5 + 1)
+    assert implicit_reward(torch.tensor(-2.0), torch.tensor(-5.0), 0.5, 1.0).item() == 2.0  # ½ (−2 + 5 + 1)
     logps, ref_logps, _ = draw(4)
     for log_z in (torch.full((4,), -1.7), torch.tensor([0.0, 1.0, -2.0, 3.0])):  # a constant, or one per row
         expected = [0.3 * (a - b + c) for a, b, c in zip(logps.tolist(), ref_logps.tolist(), log_z.tolist())]
@@ -68,27 +66,15 @@ def test_pairwise_dpo_is_its_equation_and_gradient_and_log_z_cancels():
     assert gradients[0].tolist() == pytest.approx([-0.3 * sigma(-gap) for gap in gaps])
     assert gradients[1].tolist() == pytest.approx([0.3 * sigma(-gap) for gap in gaps])
 
-def test_the_losses_are_those_of_the_authors_code():
-    """On negatives −log σ(−βΔ − c), on positives −log σ(βΔ + c) or −log π; their constant c is β log Z here."""
+def test_losses_take_labels_of_any_type_in_any_shape():
     logps, ref_logps, labels = draw()
-    delta, b, c = (logps - ref_logps).detach(), 0.3, -0.4
-    negative, positive = -logsigmoid(-b * delta - c), -logsigmoid(b * delta + c)
-    pointwise, ulma_ = (loss(logps, ref_logps, labels, b, c / b) for loss in LOSSES.values())
-    torch.testing.assert_close(pointwise, torch.where(labels == 1, positive, negative))
-    torch.testing.assert_close(ulma_, torch.where(labels == 1, -logps, negative))
-
-@pytest.mark.parametrize("continuous", [False, True])
-@pytest.mark.parametrize("loss", LOSSES.values())
-def test_losses_are_unreduced_for_labels_of_any_type_and_any_shape(loss, continuous):
-    logps, ref_logps, labels = draw()
-    expected = loss(logps, ref_logps, labels, 0.1, 0.0, continuous)  # the defaults
-    for kind, shape in itertools.product((torch.bool, torch.int64, torch.float32), ((64,), (8, 8))):
-        arguments = logps.view(shape), ref_logps.view(shape), labels.to(kind).view(shape)
-        value = loss(*arguments, continuous=continuous)
-        assert torch.equal(value, expected.view(shape))
+    for loss, kind, continuous in itertools.product(LOSSES, (torch.bool, torch.int64), (False, True)):
+        expected = loss(logps, ref_logps, labels.double(), 0.1, 0.0, continuous)  # the defaults
+        tensors = (tensor.view(8, 8) for tensor in (logps, ref_logps, labels.to(kind)))
+        assert torch.equal(loss(*tensors, continuous=continuous), expected.view(8, 8))
 
 def test_the_gradients_are_the_papers():
-    """SFT −1; binary −β (z − σ(r)); continuous −2β (z − r); ULMA follows demonstrations without that brake."""
+    """SFT −1; binary −β (z − σ(r)); continuous −2β (z − r); ULMA has no such brake on demonstrations."""
     logps, ref_logps, labels = draw()
     scores = torch.rand(64, dtype=torch.float64)
     rewards = [0.3 * (a - b + 0.5) for a, b in zip(logps.tolist(), ref_logps.tolist())]
@@ -101,27 +87,12 @@ def test_the_gradients_are_the_papers():
     unbraked = [-1.0 if z else g for z, g in zip(labels.tolist(), binary)]
     assert grad(ulma_loss(logps, ref_logps, labels, 0.3, 0.5), logps) == pytest.approx(unbraked)
 
-@pytest.mark.parametrize("loss", LOSSES.values())
-def test_gradients_stay_finite_for_log_ratios_of_ten_thousand(loss):
-    for dtype, ratio, continuous in itertools.product((torch.float32, torch.bfloat16), (-1e4, 1e4), (False, True)):
-        logps = torch.full((2,), ratio, dtype=dtype, requires_grad=True)
-        value = loss(logps, torch.zeros(2, dtype=dtype), torch.tensor([0, 1]), 1.0, continuous=continuous)
-        assert value.isfinite().all() and torch.tensor(grad(value, logps)).isfinite().all()
-
-@pytest.mark.parametrize("continuous", [False, True])
-def test_ulma_reads_no_reference_of_demonstrations_and_mixes_nothing_in_between(continuous):
-    logps, ref_logps, _ = draw()
-    assert torch.equal(ulma_loss(logps, torch.zeros(64), torch.ones(64), 0.2, 1.0, continuous), sft_loss(logps))
-    nearly = torch.full((64,), 0.999)
-    preference = pointwise_dpo_loss(logps, ref_logps, nearly, 0.2, 1.0, continuous)
-    assert torch.equal(ulma_loss(logps, ref_logps, nearly, 0.2, 1.0, continuous), preference)
-
 @pytest.mark.parametrize("continuous", [False, True])
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_the_prior_log_z_zeroes_the_mean_coefficient_at_the_start(continuous, share):
     labels = (torch.arange(60) < 60 * share).double()
     prior = prior_log_z(labels.mean().item(), 0.3, continuous)
-    for log_z, balanced in ((prior, True), (0.0, share == 0.5 and not continuous)):  # on balanced ones it is 0
+    for log_z, balanced in ((prior, True), (0.0, share == 0.5 and not continuous)):
         logps = torch.zeros(60, dtype=torch.float64, requires_grad=True)  # π_θ = π_ref
         pull = sum(grad(pointwise_dpo_loss(logps, torch.zeros(60), labels, 0.3, log_z, continuous), logps))
         assert (abs(pull) < 1e-9) is balanced
@@ -136,10 +107,11 @@ def test_the_optimum_of_alignment_is_recovered_with_the_true_log_z(continuous, b
         logits = torch.zeros(6, dtype=torch.float64, requires_grad=True)
         solver = torch.optim.LBFGS([logits], max_iter=2000, tolerance_grad=1e-13, tolerance_change=0,
                                    line_search_fn="strong_wolfe")
-        def expected_loss():  # over responses from π_ref, and over labels: z ~ Bernoulli(σ(r)), or z = r + noise
+        def expected_loss():  # over responses from π_ref, and labels: z ~ Bernoulli(σ(r)), or z = r + noise
             solver.zero_grad()
             logps = logits.log_softmax(0)
-            good, bad = (pointwise_dpo_loss(logps, ref.log(), torch.full((6,), y), beta, log_z) for y in (1, 0))
+            good, bad = (pointwise_dpo_loss(logps, ref.log(), torch.full((6,), y), beta, log_z)
+                         for y in (1, 0))
             loss = reward.sigmoid() * good + (1 - reward.sigmoid()) * bad
             if continuous:
                 loss = pointwise_dpo_loss(logps, ref.log(), reward, beta, log_z, True)
@@ -181,7 +153,8 @@ def token_by_token(model, rows):
     """Σ log π(y_t | x, y_<t), each term from a forward pass of its own over an unpadded prefix."""
     def term(prefix, token):
         return model(input_ids=torch.tensor([prefix])).logits[0, -1].log_softmax(-1)[token]
-    return torch.stack([sum((term(p + r[:t], r[t]) for t in range(len(r))), torch.zeros(())) for p, r in rows])
+    zero = torch.zeros(())
+    return torch.stack([sum((term(p + r[:t], r[t]) for t in range(len(r))), zero) for p, r in rows])
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_response_logps_is_the_sum_over_response_tokens_alone(name):
@@ -193,7 +166,7 @@ def test_response_logps_is_the_sum_over_response_tokens_alone(name):
     gradients = (torch.autograd.grad(total.sum(), list(model.parameters())) for total in (actual, expected))
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
     noise = torch.where(torch.arange(input_ids.shape[1]) < torch.tensor([[9], [7], [4], [7]]), input_ids, 7)
-    assert torch.equal(actual, response_logps(model, noise, response_mask.bool()))  # padding may hold anything
+    assert torch.equal(actual, response_logps(model, noise, response_mask.bool()))  # whatever pads
 
 def test_the_output_head_never_sees_a_prompt_or_padding_position():
     model, seen = tiny("qwen3"), []
@@ -202,7 +175,7 @@ def test_the_output_head_never_sees_a_prompt_or_padding_position():
     head.register_forward_hook(lambda module, args, out: seen.append(out.shape[:-1].numel()))
     response_logps(model, input_ids, response_mask)
     assert seen == [response_mask.sum()]
-    assert model(input_ids=input_ids).logits.shape[:2] == input_ids.shape  # and afterwards the model is as it was
+    assert model(input_ids=input_ids).logits.shape[:2] == input_ids.shape  # the model is as it was
 
 # ---- Rows for the tests below ------------------------------------------------------------------------------
 def write(path, rows):
@@ -219,12 +192,16 @@ def point(i, label=1, **more):
 def stand_in(folder, name="llama", tokenizer=None, dtype=torch.float32, **changes):
     """A folder as from the hub: a random model and its tokenizer."""
     tokenizer = tokenizer or TOKENIZER
-    tiny(name, **{"vocab_size": len(tokenizer), **changes}).to(dtype).save_pretrained(folder, max_shard_size="40KB")
+    model = tiny(name, **{"vocab_size": len(tokenizer), **changes}).to(dtype)
+    model.save_pretrained(folder, max_shard_size="40KB")
     tokenizer.save_pretrained(folder)
     return folder
 
+def read_model(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
 def weights(folder):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    return read_model(folder).state_dict()
 
 def flat(state):
     return torch.cat([value.flatten() for value in state.values()])
@@ -277,7 +254,7 @@ PAPER |= {f"{name} --balanced": loss for name, loss in PAPER.items() if name not
 
 @pytest.fixture
 def watched(monkeypatch, run):
-    """watched(flags): for each step (weights, the gradient as main gives it to clip_grad_norm_), the log, results."""
+    """watched(flags): for each step (weights, the gradient given to clip_grad_norm_), the log, results."""
     clip, steps = torch.nn.utils.clip_grad_norm_, []
     def spy(parameters, bound):
         parameters = list(parameters)
@@ -318,10 +295,14 @@ def naive_loss(method, model, reference, rows=RATED, beta=0.7):
     rewards = [[(beta * d + c).item() for d, row in zip(deltas, rows) if row["label"] == y] for y in (1, 0)]
     return sum(losses) / len(losses), [sum(r) / len(r) for r in rewards]
 
+def gradient(method, model, *more):
+    loss, _ = naive_loss(method, model, *more)
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+
 @pytest.mark.parametrize("method", PAPER)
 def test_a_steps_gradient_and_log_are_those_of_the_papers_mean_loss(watched, small, method):
     steps, log, _ = watched("--method", *method.split())
-    model, losses = AutoModelForCausalLM.from_pretrained(small / "model"), []
+    model, losses = read_model(small / "model"), []
     reference, optimizer = copy.deepcopy(model), torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.0)
     for done, (values, gradient) in enumerate(steps):
         for parameter, value in zip(model.parameters(), values):
@@ -348,7 +329,7 @@ def test_a_steps_gradient_and_log_are_those_of_the_papers_mean_loss(watched, sma
 
 def test_reward_auc_is_against_the_initial_model_or_the_reference(finished, run, small):
     results, out = finished
-    model, reference = (AutoModelForCausalLM.from_pretrained(folder) for folder in (out, small / "model"))
+    model, reference = read_model(out), read_model(small / "model")
     gains = [(naive_logp(model, row) - naive_logp(reference, row)).item() for row in RATED[:3]]
     wins = [gains[i] > gains[j] for i in range(3) for j in range(3) if RATED[i]["label"] > RATED[j]["label"]]
     assert results["before"]["reward_auc"] == 0.5 and results["after"]["reward_auc"] == sum(wins) / len(wins)
@@ -359,21 +340,24 @@ def test_reward_auc_is_against_the_initial_model_or_the_reference(finished, run,
     assert again == pytest.approx(results["after"])
     assert run("--eval-only", "--model", out)[0]["eval"]["reward_auc"] is None
 
-def test_a_line_of_the_log_is_the_mean_since_the_last_at_a_cosines_rate(finished, run):
+def test_a_line_of_the_log_is_the_mean_since_the_last(finished, run):
     flags = "--method", "pointwise-dpo", "--epochs", 8, "--save-steps", 1, "--seed"
     steps, other = (read(run(*flags, seed)[1] / "log.jsonl") for seed in (0, 1))
     assert steps[0]["loss"] != other[0]["loss"]
     for line, last in zip(read(finished[1] / "log.jsonl"), (0, 10, 20)):
         losses = [step["loss"] for step in steps[last:line["step"]]]
         assert line["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
-        rate = 1.5e-3 * (1 + math.cos(math.pi * (line["step"] - 3) / 22))
-        assert line["learning_rate"] == pytest.approx(rate)
 
-def test_with_a_reference_of_its_own_training_starts_elsewhere(watched, finished, small):
-    steps, _, results = watched("--method", "pointwise-dpo", "--model", finished[1], "--reference", small / "model")
-    model, reference = (AutoModelForCausalLM.from_pretrained(folder) for folder in (finished[1], small / "model"))
-    loss, _ = naive_loss("pointwise-dpo", model, reference)
-    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+def test_with_a_reference_of_its_own_training_starts_elsewhere(watched, finished, small, monkeypatch):
+    alive, original = weakref.WeakSet(), ulma.load_model
+    def load_model(*arguments):
+        assert not alive  # the reference has left memory when the policy comes
+        alive.add(model := original(*arguments))
+        return model
+    monkeypatch.setattr(ulma, "load_model", load_model)
+    flags = "--method", "pointwise-dpo", "--gradient-checkpointing", "--reference", small / "model"
+    steps, _, results = watched("--model", finished[1], *flags)
+    expected = gradient("pointwise-dpo", read_model(finished[1]), read_model(small / "model"))
     assert (steps[0][1] - expected).norm() < 1e-3 * expected.norm()
     assert results["before"] == pytest.approx(finished[0]["after"])
 
@@ -389,72 +373,45 @@ def test_the_reference_scores_the_rows_trained_on_once_if_it_is_needed(run, monk
         assert (read(out / "log.jsonl")[0]["reward_positive"] is None) == (trained == [0, 0])
         seen.clear()
 
-def test_the_reference_has_left_memory_when_the_policy_comes(run, small, monkeypatch):
-    alive, original = weakref.WeakSet(), ulma.load_model
-    def load_model(*arguments):
-        assert not len(alive)
-        alive.add(model := original(*arguments))
-        return model
-    monkeypatch.setattr(ulma, "load_model", load_model)
-    run("--reference", small / "model", "--gradient-checkpointing")
-
 @pytest.mark.parametrize("method", ["ulma", "pointwise-dpo", "dpo"])
-def test_fine_grained_training_counts_the_edited_tokens_and_evaluation_all(watched, small, tmp_path, monkeypatch, method):
-    texts = ("4567", "4967"), ("45", "4589"), ("456", "46")  # a digit is a token; from the last none is removed
+def test_fine_grained_training_counts_edits_and_evaluation_all(watched, small, tmp_path, monkeypatch, method):
+    texts = ("4567", "4967"), ("45", "4589"), ("456", "46")  # a digit is a token; the last removes none
     pairs = [dict(prompt=f"Question {i}?", chosen=a, rejected=b) for i, (a, b) in enumerate(texts)]
-    rows = [dict(pair, completion=pair["chosen"], label=1) for pair in pairs]
-    rows += [dict(pair, completion=pair["rejected"], label=0, rated=rated)
-             for pair, rated in zip(pairs, ([1], [2, 3]))]
+    rows = [point(i, completion=pair["chosen"]) for i, pair in enumerate(pairs)]
+    rows += [point(i, 0, completion=texts[i][1], rated=rated) for i, rated in enumerate(([1], [2, 3]))]
     shutil.copy(write(tmp_path / "train.jsonl", pairs), tmp_path / "test.jsonl")
     original, counted = ulma.evaluate, []  # tokens, at evaluation, of the rejected responses
-    monkeypatch.setattr(ulma, "evaluate", lambda model, tokenizer, rows, args: (
-        counted.extend(sum(row.response_mask) for row in rows[1::2]), original(model, tokenizer, rows, args))[1])
+    monkeypatch.setattr(ulma, "evaluate", lambda model, tokenizer, rows, args: counted.extend(
+        sum(row.response_mask) for row in rows[1::2]) or original(model, tokenizer, rows, args))
     steps, _, _ = watched("--method", method, "--fine-grained", "--data", tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(small / "model")
-    loss, _ = naive_loss(method, model, copy.deepcopy(model), rows)
-    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+    expected = gradient(method, read_model(small / "model"), read_model(small / "model"), rows)
     assert (steps[0][1] - expected).norm() < 1e-3 * expected.norm() and counted == [5, 5, 3] * 2
 
-def test_bfloat16_stays_near_float32_in_log_probabilities_and_training(run, small):
-    rough = ulma.load_model(small / "model", ulma.Options(bf16=True, max_length=64), TOKENIZER)
-    exact = ulma.load_model(small / "model", ulma.Options(max_length=64), TOKENIZER)
-    rows = ulma.parse(RATED, "train", ulma.Options(max_length=64), TOKENIZER)
-    a, b = (ulma.batch_logps(model, rows, ulma.Options(bf16=bf16)) for model, bf16 in ((rough, True), (exact, False)))
-    assert 0 < (a - b).abs().max() < 0.02 * b.abs().max()
-    assert {parameter.dtype for parameter in rough.parameters()} == {torch.float32}
+def test_bfloat16_arithmetic_stays_near_float32(run, small):
     start, one, two = (flat(weights(folder)) for folder in (small / "model", run()[1], run("--bf16")[1]))
     assert 0 < (one - two).norm() < 0.2 * (one - start).norm()
 
 def test_rewards_start_at_zero_whatever_is_noisy_in_training_mode(run, tmp_path):
-    """Dropout of any name and in any place, and the jitter of a router; log Z is 0 on these balanced labels."""
-    text = {**TINY, "vocab_size": 768, "attention_dropout": 0.5, "query_pre_attn_scalar": 8, "sliding_window": 64}
-    vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, image_size=28,
-                  patch_size=14)
-    noisy = {"llama": dict(attention_dropout=0.5), "mixtral": dict(router_jitter_noise=0.1, num_local_experts=4),
-             "opt": dict(dropout=0.5, ffn_dim=48, word_embed_proj_dim=32), "gemma3": dict(
-                 text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=5,
-                 boi_token_index=6, eoi_token_index=7)}
-    data = write(tmp_path / "data" / "train.jsonl", [point(i, i % 2) for i in range(8)]).parent
-    shutil.copy(data / "train.jsonl", data / "test.jsonl")
-    for name, changes in noisy.items():
-        stand_in(tmp_path / name, name, **{**TINY, "vocab_size": 768, **changes})
-        for more in ([], ["--gradient-checkpointing"]):
-            _, out = run("--model", tmp_path / name, "--data", data, "--epochs", 1, "--batch-size", 8, *more)
-            [line] = read(out / "log.jsonl")
-            assert abs(line["reward_positive"]) < 1e-4 and abs(line["reward_negative"]) < 1e-4, name
+    """Dropout of any name and in any place, and the jitter of a router; these labels are balanced."""
+    text = {**TINY, "vocab_size": 768, "attention_dropout": 0.5, "query_pre_attn_scalar": 8}
+    vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+    noisy = {"llama": dict(attention_dropout=0.5), "gemma3": dict(text_config=text, vision_config=vision),
+             "opt": dict(dropout=0.5, ffn_dim=48, word_embed_proj_dim=32),
+             "mixtral": dict(router_jitter_noise=0.1, num_local_experts=4)}
+    data = write(tmp_path / "rows.jsonl", [point(i // 2, i % 2) for i in range(8)])
+    for (name, changes), more in itertools.product(noisy.items(), ([], ["--gradient-checkpointing"])):
+        folder = stand_in(tmp_path / name, name, **{**TINY, "vocab_size": 768, **changes})
+        _, out = run("--model", folder, "--data", data, "--epochs", 1, "--batch-size", 8, *more)
+        [line] = read(out / "log.jsonl")
+        assert abs(line["reward_positive"]) < 1e-4 and abs(line["reward_negative"]) < 1e-4, name
 
-def test_checkpointing_changes_no_weight_and_keeps_no_activations(run, small):
-    _, plain = run("--seed", 1)
-    calls = []
-    block = ulma.blocks_of(ulma.load_model(small / "model", ulma.Options(max_length=64), TOKENIZER))[0]
-    original = type(block).forward
-    type(block).forward = lambda self, *a, **k: (calls.append(torch.is_grad_enabled()), original(self, *a, **k))[1]
-    try:
-        _, checkpointed = run("--seed", 1, "--gradient-checkpointing")
-    finally:
-        type(block).forward = original
-    assert torch.equal(flat(weights(plain)), flat(weights(checkpointed)))
-    assert sum(calls) == 2 * 2 * 6  # the second pass is the backward pass's; blocks; steps
+def test_checkpointing_runs_each_block_again_and_changes_no_weight(run, monkeypatch):
+    calls, block = [], transformers.models.llama.modeling_llama.LlamaDecoderLayer
+    original = block.forward
+    monkeypatch.setattr(block, "forward", lambda self, *args, **more: (
+        calls.append(torch.is_grad_enabled()), original(self, *args, **more))[1])
+    ends = [flat(weights(run(*more)[1])) for more in ([], ["--gradient-checkpointing"])]
+    assert torch.equal(*ends) and sum(calls) == (1 + 2) * 2 * 6  # passes, blocks, steps
 
 # ---- Data --------------------------------------------------------------------------------------------------
 def load(data, tokenizer=None, **options):
@@ -473,37 +430,34 @@ def decoded(rows, tokenizer):
 
 PROMPT = "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Bye\n\nAssistant:"
 
-@pytest.mark.parametrize("record", [
-    {"prompt": PROMPT, "chosen": " Good.", "rejected": ""}, {"chosen": f"{PROMPT} Good.", "rejected": PROMPT}])
-def test_a_pair_becomes_two_pointwise_rows(record):
-    assert texts(parse(record)) == [(PROMPT, " Good.", 1), (PROMPT, "", 0)]
+def test_a_pair_becomes_two_pointwise_rows():
+    for before, opening in ((PROMPT, ""), (None, PROMPT)):  # as in HH-RLHF
+        record = {"prompt": before, "chosen": f"{opening} Good.", "rejected": opening}
+        assert texts(parse(record)) == [(PROMPT, " Good.", 1), (PROMPT, "", 0)]
 
 # Chat templates by what sets them apart: the end of a turn, and what comes before and after it.
 CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-LLAMA3 = ("{{ bos_token }}{% for m in messages %}<|start|>{{ m.role }}<|end|>\n\n{{ m.content | trim }}<|eot|>"
-          "{% endfor %}{% if add_generation_prompt %}<|start|>assistant<|end|>\n\n{% endif %}")
 MISTRAL = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
            "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}")
 PHI3 = ("{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}")
-GEMMA = ("{{ bos_token }}{% for m in messages %}<turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
-         "{{ m.content | trim }}<eot>\n{% endfor %}{% if add_generation_prompt %}<turn>model\n{% endif %}")
+GEMMA = ("{{ bos_token }}{% for m in messages %}<turn>{{ m.role }}\n{{ m.content | trim }}<eot>\n{% endfor %}"
+         "{% if add_generation_prompt %}<turn>assistant\n{% endif %}")
 PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"  # without any special token
-TOOLS = "{% if tools %}Tools: {{ tools | tojson }}\n{% endif %}"
-CALLS = "{% for c in m.tool_calls or [] %}{{ c.function.name }} {{ c.function.arguments | tojson }}{% endfor %}"
-CALLING = TOOLS + CHATML.replace("{{ m.content }}", "{{ m.content }}" + CALLS)
+CALLS = "{% for c in m.tool_calls %}{{ c.function.name }} {{ c.function.arguments | tojson }}{% endfor %}"
+CALLING = "{{ tools | tojson }}\n" + CHATML.replace("{{ m.content }}", "{{ m.content }}" + CALLS)
 THINKING = CHATML.replace("<|im_start|>assistant\n{% endif", "<|im_start|>assistant\n<think>\n{% endif")
 FORGETFUL = CHATML.replace("m.content", "m.content.split('</think>')[-1]")
 
 def chat_tokenizer(template, bos=None, eos="<|im_end|>"):
-    """data/base's tokenizer with a chat template and special tokens; it puts BOS before a text, if there is one."""
+    """data/base's tokenizer with a chat template, special tokens and, if it is given, BOS before texts."""
     tokenizer = AutoTokenizer.from_pretrained(HERE / "data" / "base")
-    extra = ["<|im_start|>", "<|im_end|>", "<|start|>", "<|eot|>", "<|end|>", "<turn>", "<eot>"]
-    special = {"eos_token": eos, "additional_special_tokens": extra}
-    tokenizer.add_special_tokens(special | ({"bos_token": bos} if bos else {}))
+    extra = ["<|im_start|>", "<|im_end|>", "<|end|>", "<turn>", "<eot>"]
+    tokenizer.add_special_tokens({"eos_token": eos, "additional_special_tokens": extra})
     tokenizer.chat_template = template
     if bos:
+        tokenizer.add_special_tokens({"bos_token": bos})
         tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)])
     return tokenizer
@@ -515,49 +469,48 @@ CHAT, GOOD, BAD = chat("Hi", "Hello!", "Bye"), chat("", "Good.")[1:], chat("", "
 OPENING = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>\n"
 OPENING += "<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n"
 
+CHATML_BYE = OPENING[OPENING.rindex("<|im_start|>user"):]
+
 @pytest.mark.parametrize("template, bos, eos, opening, ending", [
-    (CHATML, None, "<|im_end|>", "<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n", "Good.<|im_end|>"),
-    (CHATML, None, "<eos>", "<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n", "Good.<|im_end|>"),
-    (LLAMA3, "<s>", "</s>", "<s><|start|>user<|end|>\n\nBye<|eot|><|start|>assistant<|end|>\n\n", "Good.<|eot|>"),
+    (CHATML, None, "<|im_end|>", CHATML_BYE, "Good.<|im_end|>"),
+    (CHATML, None, "<eos>", CHATML_BYE, "Good.<|im_end|>"),
     (MISTRAL, "<s>", "</s>", "<s>[INST] Bye [/INST]", " Good.</s>"),
     (PHI3, None, "<eos>", "<|user|>\nBye<|end|>\n<|assistant|>\n", "Good.<|end|>"),
-    (GEMMA, "<bos>", "<eos>", "<bos><turn>user\nBye<eot>\n<turn>model\n", "Good.<eot>"),
+    (GEMMA, "<bos>", "<eos>", "<bos><turn>user\nBye<eot>\n<turn>assistant\n", "Good.<eot>"),
     (PLAIN, None, "<eos>", "user: Bye\n", "assistant: Good.<eos>")])
-def test_a_conversations_tokens_are_those_of_its_template_up_to_the_end_of_the_turn(template, bos, eos, opening, ending):
+def test_tokens_are_those_of_the_template_up_to_the_end_of_the_turn(template, bos, eos, opening, ending):
     tokenizer = chat_tokenizer(template, bos, eos)
     rows = parse({"prompt": chat("Bye"), "completion": GOOD, "label": 1}, tokenizer=tokenizer)
     assert decoded(rows, tokenizer) == [(opening, ending)]
     deployed = tokenizer.apply_chat_template(chat("Bye"), add_generation_prompt=True, return_dict=False)
     assert rows[0].input_ids[~rows[0].response_mask].tolist() == deployed
 
+PARTS = [{**m, "content": [{"type": "text", "text": text} for text in m["content"]], "tool_calls": None}
+         for m in CHAT]
+
 @pytest.mark.parametrize("record", [
     {"prompt": CHAT, "chosen": GOOD, "rejected": BAD}, {"chosen": CHAT + GOOD, "rejected": CHAT + BAD},
-    {"prompt": CHAT, "chosen": CHAT + GOOD, "rejected": CHAT + BAD}, {"prompt": CHAT, "chosen": "Good.", "rejected": "Go."},
-    {"prompt": "Bye", "chosen": CHAT + GOOD, "rejected": CHAT + BAD, "score_chosen": 8.0},  # as in UltraFeedback
-    {"prompt": [{**m, "content": [{"type": "text", "text": m["content"][:1]}, {"type": "text", "text": m["content"][1:]}]}
-                for m in CHAT], "chosen": GOOD, "rejected": BAD},
-    {"prompt": [{**m, "tool_calls": None} for m in CHAT], "chosen": GOOD, "rejected": BAD, "tools": None}])
+    {"prompt": CHAT, "chosen": CHAT + GOOD, "rejected": CHAT + BAD},
+    {"prompt": "Bye", "chosen": CHAT + GOOD, "rejected": CHAT + BAD, "score_chosen": 8.0},  # UltraFeedback
+    {"prompt": CHAT, "chosen": "Good.", "rejected": "Go."},
+    {"prompt": PARTS, "chosen": GOOD, "rejected": BAD, "tools": None},
+    {"completion": CHAT + GOOD, "label": True, "rating": 5}, {"messages": CHAT + GOOD, "label": True}])
 def test_a_conversation_is_read_in_every_form(record):
     tokenizer = chat_tokenizer(CHATML)
-    assert decoded(parse(record, tokenizer=tokenizer), tokenizer) == [
-        (OPENING, "Good.<|im_end|>"), (OPENING, "Go.<|im_end|>")]
+    answers = ["Good.", "Go."] if "chosen" in record else ["Good."]
+    rows = decoded(parse(record, tokenizer=tokenizer), tokenizer)
+    assert rows == [(OPENING, f"{answer}<|im_end|>") for answer in answers]
 
-@pytest.mark.parametrize("column", ["completion", "messages"])
-def test_a_rated_conversation_may_hold_its_prompt(column):
-    tokenizer = chat_tokenizer(CHATML)
-    rows = parse({column: CHAT + GOOD, "label": True, "rating": 5}, tokenizer=tokenizer)
-    assert decoded(rows, tokenizer) == [(OPENING, "Good.<|im_end|>")] and rows[0].label == 1
+def answer(**more):
+    return {"prompt": chat("Hi"), "completion": [{"role": "assistant", "content": "x", **more}], "label": 1}
 
 def test_tools_reach_the_prompt_and_calls_the_response():
-    tokenizer, tool = chat_tokenizer(CALLING), {"type": "function", "function": {"name": "weather", "parameters": {}}}
-    call = [dict(role="assistant", content=None, tool_calls=[{"function": {"name": "weather", "arguments": {"at": "Rome"}}}])]
-    rows = parse({"prompt": chat("Warm?"), "completion": call, "label": 1, "tools": [tool]}, tokenizer=tokenizer)
-    [(prompt, response)] = decoded(rows, tokenizer)
-    assert prompt.startswith(f"Tools: {json.dumps([tool])}\n<|im_start|>user")
+    tokenizer, tools = chat_tokenizer(CALLING), [{"type": "function", "function": {"name": "weather"}}]
+    call = {"function": {"name": "weather", "arguments": {"at": "Rome"}}}
+    [row] = parse({**answer(content=None, tool_calls=[call]), "tools": tools}, tokenizer=tokenizer)
+    [(prompt, response)] = decoded([row], tokenizer)
+    assert prompt.startswith(f"{json.dumps(tools)}\n<|im_start|>user")
     assert response == 'weather {"at": "Rome"}<|im_end|>'
-
-def answer(**message):
-    return {"prompt": chat("Hi"), "completion": [dict({"role": "assistant", "content": "x"}, **message)], "label": 1}
 
 CALL = {"function": {"name": "weather", "arguments": '{"at": "Rome"}'}}
 
@@ -566,15 +519,16 @@ CALL = {"function": {"name": "weather", "arguments": '{"at": "Rome"}'}}
     (FORGETFUL, answer(content="<think>Why?</think>Yes."), "leaves out or changes '<think>Why?"),
     (CHATML, answer(reasoning_content="Why?"), "leaves out or changes 'Why?'"),
     (CHATML, answer(tool_calls=[CALL]), "leaves out or changes 'weather'"),
-    (CALLING, answer(tool_calls=[CALL]), "leaves out or changes '{\"at"),  # written as a text, not as an object
+    (CALLING, answer(tool_calls=[CALL]), "leaves out or changes '{\"at"),  # it quotes a text, not an object
     (CHATML, answer() | {"tools": [{"type": "function"}]}, "leaves out the tools"),
-    (CHATML, {"prompt": "Hi", "completion": "x", "label": 1, "tools": [{}]}, "tools need messages"),
+    (CHATML, {"prompt": "Hi", "completion": "x", "label": 1, "tools": [{}]}, "the column tools would be left out"),
     (CHATML, {**answer(), "system": "Be brief."}, "the column system would be left out"),
     (CHATML, answer(content=[{"type": "image", "url": "x"}]), "a message's content is"),
     (CHATML, answer(content=5), "content is 5"), (CHATML, answer(role="user"), "one answer of the assistant"),
-    (CHATML, {"prompt": CHAT[:1], "completion": CHAT[1:] + GOOD, "label": 1}, "one answer of the assistant"),
-    (CHATML, {"prompt": "Ho", "completion": CHAT + GOOD, "label": 1}, "one answer of the assistant"),
-    (CHATML, {"prompt": CHAT[:2], "completion": GOOD, "label": 1}, "one answer of the assistant"),
+    *((CHATML, {"prompt": prompt, "completion": completion, "label": 1}, "one answer of the assistant")
+      for prompt, completion in ((CHAT[:1], CHAT[1:] + GOOD), ("Ho", CHAT + GOOD), (CHAT[:2], GOOD),
+                                 (CHAT[:2], CHAT[2:] + GOOD))),
+    (None, {"prompt": "A: Hi", "completion": "A: Hi B: Ho", "label": 1}, "it repeats the prompt"),
     (None, answer(), "chat_template")])
 def test_a_conversation_that_would_be_read_otherwise_than_meant_is_refused(template, record, told):
     with pytest.raises(ulma.Mistake, match=re.escape(told)) as mistake:
@@ -583,52 +537,38 @@ def test_a_conversation_that_would_be_read_otherwise_than_meant_is_refused(templ
 
 def test_files_folders_and_formats_hold_the_same_rows(tmp_path):
     rows = [point(i, i % 2) for i in range(20)]
-    write(tmp_path / "file.jsonl", rows)
-    for folder in ("one", "two"):
-        write(tmp_path / "folder" / folder / "train.jsonl", rows)
-    for file, sep in (("rows.csv", ","), ("rows.tsv", "\t"), ("card/rows.csv", ";")):
-        (tmp_path / file).parent.mkdir(exist_ok=True)
-        datasets.Dataset.from_list(rows).to_csv(tmp_path / file, sep=sep)
+    for file in ("rows.jsonl", "folder/one/train.jsonl", "folder/two/train.jsonl"):
+        write(tmp_path / file, rows)
     card = "---\nconfigs:\n- config_name: default\n  sep: ';'\n  data_files: rows.csv\n---\n"
-    (tmp_path / "card" / "README.md").write_text(card)
-    expected = [texts(part) for part in load(tmp_path / "file.jsonl")]
-    assert expected == [texts(part) for part in load(tmp_path / "folder", data_dir="two")]
-    for file in ("rows.csv", "rows.tsv", "card"):
-        assert expected == [texts(part) for part in load(tmp_path / file)]
-    write(tmp_path / "file.jsonl", rows[:9])  # an edited file is read anew
-    assert len(sum(load(tmp_path / "file.jsonl"), [])) == 9
+    write(tmp_path / "card" / "README.md", []).write_text(card)
+    for file, sep in (("rows.csv", ","), ("rows.tsv", "\t"), ("card/rows.csv", ";")):
+        datasets.Dataset.from_list(rows).to_csv(tmp_path / file, sep=sep)
+    expected = [texts(part) for part in load(tmp_path / "rows.jsonl")]
+    for file, folder in (("folder", "two"), ("rows.csv", None), ("rows.tsv", None), ("card", None)):
+        assert expected == [texts(part) for part in load(tmp_path / file, data_dir=folder)]
+    write(tmp_path / "rows.jsonl", rows[:9])  # an edited file is read anew
+    assert len(sum(load(tmp_path / "rows.jsonl"), [])) == 9
 
 def test_splits_serve_by_how_their_names_start_and_several_of_a_kind_are_told(tmp_path):
-    def folder(*splits):
-        path = tmp_path / "-".join(splits) / "data"
-        for i, split in enumerate(splits):
-            path.mkdir(parents=True, exist_ok=True)
-            datasets.Dataset.from_list([point(i)]).to_parquet(path / f"{split}-00000-of-00001.parquet")
-        return path.parent
     def prompts(*splits, **options):
-        return [[row.prompt for row in rows] for rows in load(folder(*splits), **options)]
-    first, second, third, fourth = (f"Question {i}?" for i in range(4))
-    assert prompts("train_prefs", "test_prefs") == prompts("train", "validation") == [[first], [second]]
-    assert prompts("train", "validation", "test") == [[first], [third]]
-    assert prompts("train", "test", eval_only=True) == [[], [second]]
-    several = "train_prefs", "train_sft", "test_prefs", "test_sft"
+        data = tmp_path / "-".join(splits) / "data"
+        data.mkdir(parents=True, exist_ok=True)
+        for i, split in enumerate(splits):
+            datasets.Dataset.from_list([point(i)]).to_parquet(data / f"{split}-00000-of-00001.parquet")
+        return ["".join(row.prompt[9] for row in rows) for rows in load(data.parent, **options)]
+    assert prompts("train_prefs", "test_prefs") == prompts("train", "validation") == ["0", "1"]
+    assert prompts("train", "validation", "test") == ["0", "2"]
+    assert prompts("train", "test", eval_only=True) == ["", "1"]
+    assert prompts("train", eval_only=True) == ["", "0"]
     with pytest.raises(ulma.Mistake, match="train_prefs, train_sft"):
-        prompts(*several)
-    assert prompts(*several, splits=["train_sft", "test_prefs"]) == [[second], [third]]
-
-def test_evaluation_of_one_file_is_of_all_its_rows(tmp_path):
-    path = write(tmp_path / "rows.jsonl", [point(i) for i in range(20)])
-    assert [len(rows) for rows in load(path, eval_only=True)] == [0, 20]
+        prompts("train_prefs", "train_sft", "test_sft")
+    assert prompts("train_prefs", "train_sft", "test_sft", splits=["train_sft", "test_sft"]) == ["1", "2"]
 
 def test_a_data_set_from_the_hub_is_read_by_name_and_its_rows_named(monkeypatch):
-    def hub(path, data_dir):
-        assert (path, data_dir) == ("someone/rows", "graded")
-        rows = datasets.Dataset.from_list([point(0), point(1, 0), point(2, bad)])
-        return datasets.DatasetDict({"train": rows, "test": rows})
-    monkeypatch.setattr(datasets, "load_dataset", hub)
-    bad = 1
-    assert [row.label for row in sum(load("someone/rows", data_dir="graded"), [])] == [1, 0, 1] * 2
-    bad = 7
+    rows = datasets.Dataset.from_list([point(0), point(1, 0), point(2, 7)])
+    hub = {("someone/rows", "graded"): {"test": rows.select([0, 1]), "train": rows}}
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, data_dir: hub[path, data_dir])
+    assert [row.label for row in load("someone/rows", data_dir="graded", eval_only=True)[1]] == [1, 0]
     with pytest.raises(ulma.Mistake, match="someone/rows: train row 3: the label is 7"):
         load("someone/rows", data_dir="graded")
 
@@ -640,7 +580,7 @@ def test_without_a_test_split_a_seeded_tenth_of_the_prompts_is_held_out(tmp_path
     assert texts(again[1]) == texts(test_rows) != texts(other[1])
 
 def words(opens=False, closes=False):
-    """A tokenizer to which the word "7" is token 7; <bos> is 1, <eos> 2, and it may open and close texts with them."""
+    """A tokenizer to which the word "7" is token 7, <bos> 1 and <eos> 2, which may open and close texts."""
     names = {**{str(i): i for i in range(3, 61)}, "<unk>": 0, "<bos>": 1, "<eos>": 2}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(names, unk_token="<unk>"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
@@ -653,24 +593,27 @@ def tokenized(prompt, *completions, tokenizer, max_length=9):
     """The (prompt, response) tokens that each of the completions of a prompt gets."""
     records = [{"prompt": prompt, "chosen": text, "rejected": text} for text in completions]
     rows = parse(*records, tokenizer=tokenizer, max_length=max_length)[::2]
-    return [(row.input_ids[~row.response_mask].tolist(), row.input_ids[row.response_mask].tolist()) for row in rows]
+    return [tuple(row.input_ids[mask].tolist() for mask in (~row.response_mask, row.response_mask))
+            for row in rows]
 
 @pytest.mark.parametrize("max_length, prompt, response", [
     (8, [10, 11, 12, 13], [20, 21, 22, 2]), (7, [11, 12, 13], [20, 21, 22, 2]), (5, [12, 13], [20, 21, 22]),
     (2, [13], [20])])
 def test_prompts_lose_their_start_and_completions_their_end(capsys, max_length, prompt, response):
-    def cut(**options):
-        return tokenized("10 11 12 13 ", "20 21 22", max_length=max_length, **options)
-    assert cut(tokenizer=words()) == [(prompt, response)]
-    assert (f"2 of 2 rows are cut to --max-length {max_length}" in capsys.readouterr().out) == (max_length < 8)
     with_bos = [1, *prompt[1:]] if len(prompt) < 4 else [1, 11, 12, 13]
-    assert cut(tokenizer=words(opens=True)) == [(with_bos, response)]
+    for tokenizer, expected in ((words(opens=True), with_bos), (words(), prompt)):
+        capsys.readouterr()
+        cut = tokenized("10 11 12 13 ", "20 21 22", tokenizer=tokenizer, max_length=max_length)
+        assert cut == [(expected, response)]
+    assert ("2 of 2 rows are cut to --max-length" in capsys.readouterr().out) == (max_length < 8)
 
 def test_all_responses_of_a_prompt_get_the_same_part_of_it():
     shorter, longer = tokenized("10 11 12 13 ", "20", "21 22 23", tokenizer=words(), max_length=7)
     assert shorter == ([11, 12, 13], [20, 2]) and longer == ([11, 12, 13], [21, 22, 23, 2])
-    one, other = tokenized("10 1", "1 20", " 21", tokenizer=words())  # a token spans the boundary of the first
+    one, other = tokenized("10 1", "1 20", " 21", tokenizer=words())  # a token spans the boundary of one
     assert one == ([10], [11, 20, 2]) and other == ([10], [0, 21, 2])
+    with pytest.raises(ulma.Mistake, match="no token of its own"):
+        tokenized("1", "1 20", tokenizer=words())
 
 @pytest.mark.parametrize("opens, closes", [(True, False), (True, True), (False, True), (False, False)])
 @pytest.mark.parametrize("prompt", ["10 11 ", "<bos> 10 11 "])
@@ -678,11 +621,6 @@ def test_all_responses_of_a_prompt_get_the_same_part_of_it():
 def test_bos_appears_once_and_eos_closes_the_response_alone(opens, closes, prompt, completion, ids):
     bos = [1] * (opens or "bos" in prompt)
     assert tokenized(prompt, completion, tokenizer=words(opens, closes)) == [([*bos, 10, 11], ids)]
-
-def test_a_token_that_spans_the_boundary_belongs_to_the_response():
-    assert tokenized("10 1", "1 20", tokenizer=words()) == [([10], [11, 20, 2])]
-    with pytest.raises(ulma.Mistake, match="no token of its own"):
-        tokenized("1", "1 20", tokenizer=words())
 
 def row(name, length=1):
     ids = torch.zeros(length)
@@ -700,50 +638,17 @@ def test_batches_hold_every_item_once_in_seeded_order_alike_in_length():
 
 @pytest.mark.parametrize("rejected, chosen, rated", [
     ("20 31 22", "20 21 22", [31]), ("20 31 22 33", "20 21 22 23", [31, 33]),  # replaced
-    ("20 31 22", "20 22", [31]), ("20 22", "20 21 22", []), ("20 21", "20 21", []),  # deleted, inserted, all shared
-    ("31 32", "21 22 23", [31, 32]), ("10 31", "21", [10, 31]),  # nothing shared, though a word is the prompt's
+    ("20 31 22", "20 22", [31]), ("20 22", "20 21 22", []), ("20 21", "20 21", []),  # deleted, inserted, none
+    ("31 32", "21 22 23", [31, 32]), ("10 31", "21", [10, 31]),  # all, even a word of the prompt
     ("20 " * 250, "31 " + "20 " * 250, []),  # however often a token comes
     ("20 " * 299 + "23", "31 " + "20 " * 299 + "23", [23])])  # after truncation to 300 tokens
-def test_of_a_rejected_response_the_tokens_count_that_the_edit_removed(capsys, rejected, chosen, rated):
+def test_of_a_rejected_response_the_tokens_count_that_the_edit_removed(rejected, chosen, rated):
     pair = {"prompt": "10 11 ", "chosen": chosen, "rejected": rejected}
     rows = parse(pair, tokenizer=words(), max_length=302)
     kept = ulma.only_edits([*rows, row("other")])
     ids, mask = rows[1].input_ids, rows[1].response_mask
     assert ids[mask].tolist() == rated and sum(rows[0].response_mask) == len(rows[0].input_ids) - 2
-    left_out = f"{1 - bool(rated)} of 1 rejected responses left out"
-    assert len(kept) == 2 + bool(rated) and left_out in capsys.readouterr().out
-    model = tiny("llama")
-    total, embeddings = response_logps(model, ids[None], mask[None]).sum(), model.get_input_embeddings().weight
-    gradient, = torch.autograd.grad(total, [embeddings])
-    reached = ids[:mask.nonzero().max()] if rated else []
-    assert {i for i in range(61) if gradient[i].any()} == {*map(int, reached)}  # what those tokens depend on
-
-def made(folder, *flags):
-    """The rows that data/make_data.py writes into the folder."""
-    make_data.main(["--rows", str(folder), *flags])
-    return {name: read(folder / f"{name}.jsonl") for name in ("train", "test", "edits/train", "edits/test")}
-
-def test_the_embedded_rows_are_what_their_script_writes(tmp_path):
-    rows, (train, test) = made(tmp_path), make_data.split()
-    for name in rows:
-        assert (HERE / "data" / f"{name}.jsonl").read_bytes() == (tmp_path / f"{name}.jsonl").read_bytes()
-    assert all((row["completion"] in row["references"]) == row["label"] for row in rows["test"])
-    assert not any(set(train[verb]) & set(test[verb]) for verb in make_data.VERBS)  # no test combination is trained on
-    assert {row["group"] for row in rows["train"] if row["label"]} == {"demonstrated"}
-    edits, disliked = rows["edits/train"], [(row["prompt"], row["completion"]) for row in rows["train"] if row["label"] == 0]
-    assert all((edit["prompt"], edit["rejected"]) in disliked for edit in edits) and len(edits) == 200
-    assert all(edit["chosen"].strip() in make_data.acceptable(edit["type"], make_data.noun_of(edit)) for edit in edits)
-    assert {[edit["type"] for edit in edits].count(verb) for verb in make_data.VERBS} == {8, 9}  # of every type alike
-
-def test_noise_makes_that_share_of_the_demonstrations_bad_and_nothing_else(tmp_path):
-    exact, noisy = made(tmp_path / "exact"), made(tmp_path / "noisy", "--noise", "0.2")
-    changed = [(a, b) for a, b in zip(exact.pop("train"), noisy.pop("train")) if a != b]
-    assert len(changed) == 32 and noisy == exact  # of 160
-    for before, after in changed:
-        assert before["label"] == after["label"] == after["score"] == 1 and before["prompt"] == after["prompt"]
-        assert after["completion"].strip() not in make_data.acceptable(after["type"], make_data.noun_of(after))
-    with pytest.raises(SystemExit):
-        make_data.main(["--noise", "0.2"])  # the embedded rows stay exact
+    assert len(kept) == 2 + bool(rated)
 
 # ---- Evaluation --------------------------------------------------------------------------------------------
 def test_reward_auc_is_the_share_of_pairs_in_order_with_ties_a_half():
@@ -751,7 +656,7 @@ def test_reward_auc_is_the_share_of_pairs_in_order_with_ties_a_half():
         return concordance(torch.tensor(scores), torch.tensor(labels))
     assert auc([3.0, 2.0, 1.0], [1, 1, 0]) == 1 and auc([1.0, 2.0], [1, 0]) == 0
     assert auc([1.0, 1.0], [1, 0]) == 0.5
-    assert auc([1.0, 3.0, 2.0, 2.0], [1.0, 0.5, 0.5, 0.0]) == (0 + 0 + 0 + 1 + 0.5) / 5  # equal labels are no pair
+    assert auc([1.0, 3.0, 2.0, 2.0], [1.0, 0.5, 0.5, 0.0]) == (0 + 0 + 0 + 1 + 0.5) / 5  # of unequal labels
     assert auc([1.0, 2.0], [1, 1]) is None
 
 def test_exact_match_counts_the_completions_that_are_references(run, tmp_path, monkeypatch):
@@ -768,40 +673,37 @@ def test_exact_match_counts_the_completions_that_are_references(run, tmp_path, m
     assert metrics["exact_match/a"] == 1 and metrics["exact_match/b"] == 0
 
 def test_samples_come_from_the_policy_whatever_the_models_own_settings_which_stay(run, small, tmp_path):
-    odd = [dict(do_sample=True, top_k=1, temperature=0.1, repetition_penalty=9.0), dict(num_beams=8), dict(min_p=0.5),
-           dict(no_repeat_ngram_size=2, suppress_tokens=[5, 6]), dict(return_dict_in_generate=True),
-           dict(min_new_tokens=30, typical_p=0.2), dict(cache_implementation="static", max_length=3)]
     plain = (run("--eval-only")[1] / "samples.jsonl").read_text()
-    for settings in odd:
+    for settings in (dict(do_sample=True, top_k=1, temperature=0.1, repetition_penalty=9.0), dict(min_p=0.5),
+                     dict(num_beams=8), dict(no_repeat_ngram_size=2, suppress_tokens=[5]), dict(max_length=3),
+                     dict(return_dict_in_generate=True), dict(min_new_tokens=30, typical_p=0.2)):
         shutil.copytree(small / "model", tmp_path / "model", dirs_exist_ok=True)
         file = tmp_path / "model" / "generation_config.json"
         file.write_text(json.dumps({"eos_token_id": 2, "pad_token_id": 0, **settings}))
-        assert (run("--eval-only", "--model", tmp_path / "model")[1] / "samples.jsonl").read_text() == plain
-        _, out = run("--epochs", 1, "--model", tmp_path / "model")
-        kept = json.loads((out / file.name).read_text())
-        assert {name: kept.get(name) for name in settings} == settings
+        assert (run("--eval-only", "--model", file.parent)[1] / "samples.jsonl").read_text() == plain
+        _, out = run("--epochs", 1, "--model", file.parent)
+        assert settings.items() <= json.loads((out / file.name).read_text()).items()
     assert len(set(json.loads(plain.splitlines()[0])["eval"])) == ulma.SAMPLES
 
-@pytest.mark.parametrize("template, own", [(GEMMA.replace("{{ bos_token }}", ""), [768, "<eot>"]), (CHATML, None)])
-def test_rows_end_alike_as_texts_and_through_a_template_whose_turns_end_otherwise(tmp_path, run, template, own):
-    """data/base's end token is called as the template's end of a turn; the tokenizer's eos is one it never says."""
-    end = "<eot>" if own else "<|im_end|>"
-    tokenizer = chat_tokenizer("{% for m in messages %}{{ m.content if m.role == 'user' else m.content + '" + end + "\n' }}{% endfor %}",
-                               eos="<other>")
-    model = AutoModelForCausalLM.from_pretrained(HERE / "data" / "base")
+@pytest.mark.parametrize("named", [True, False])
+def test_rows_end_alike_as_texts_and_through_a_template_whose_turns_end_otherwise(tmp_path, run, named):
+    """data/base's end token is now <eot>, and the tokenizer's eos is one that the model never says."""
+    turn = "{{ m.content if m.role == 'user' else m.content + '<eot>\n' }}"
+    tokenizer = chat_tokenizer("{% for m in messages %}" + turn + "{% endfor %}", eos="<other>")
+    model, end = read_model(HERE / "data" / "base"), tokenizer.convert_tokens_to_ids("<eot>")
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    number = tokenizer.convert_tokens_to_ids(end)
     weight = model.get_input_embeddings().weight.data
-    weight[number], weight[1] = weight[1].clone(), weight[number].clone()
-    model.generation_config.eos_token_id = own and [tokenizer.eos_token_id, number]
+    weight[[1, end]] = weight[[end, 1]]
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, end] if named else None
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     rows = read(HERE / "data" / "test.jsonl")[:80]
-    write(tmp_path / "text" / "test.jsonl", rows)
-    write(tmp_path / "chat" / "test.jsonl", [{**row, "prompt": [dict(role="user", content=row["prompt"])],
-                                              "completion": [dict(role="assistant", content=row["completion"])]} for row in rows])
-    one, other = (run("--eval-only", "--model", folder, "--data", data, "--max-length", 128)[0]["eval"] for folder, data in (
-        (HERE / "data" / "base", tmp_path / "text"), (tmp_path / "model", tmp_path / "chat")))
+    chats = [{**row, "prompt": chat(row["prompt"]), "completion": chat("", row["completion"])[1:]}
+             for row in rows]
+    def evaluated(model, records):
+        flags = "--max-length", 128, "--model", model, "--data", write(tmp_path / "rows.jsonl", records)
+        return run("--eval-only", *flags)[0]["eval"]
+    one, other = evaluated(HERE / "data" / "base", rows), evaluated(tmp_path / "model", chats)
     assert other["perplexity"] == pytest.approx(one["perplexity"], rel=1e-3)
     assert other["exact_match"] == pytest.approx(one["exact_match"], abs=0.12) and one["exact_match"] > 0.15
 
@@ -830,21 +732,11 @@ def pickled(folder):
         file.unlink()
     torch.save(tiny("llama", vocab_size=768).state_dict(), folder / "pytorch_model.bin")
 
-def damaged(folder):
-    stand_in(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    model.model.layers[1].mlp.down_proj.weight.data[3, 5] = math.nan
-    model.save_pretrained(folder)
-
-def quantised(folder):
-    config = json.loads((stand_in(folder) / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    (folder / "config.json").write_text(json.dumps(config))
-
 @pytest.mark.parametrize("make, told", [
     (lambda folder: stand_in(folder, "bert", hidden_size=32, num_attention_heads=2), "decoder-only"),
     (without_a_head, "lm_head.weight"), (pickled, "safetensors"), (Path.mkdir, "tokenizer"),
-    (damaged, "not finite"), (quantised, "quantised"),
+    (lambda folder: stand_in(folder, rms_norm_eps=math.nan), "not finite"),
+    (lambda folder: stand_in(folder, quantization_config={"quant_method": "fp8"}), "quantised"),
     (lambda folder: stand_in(folder, vocab_size=99), "fewer embeddings than tokens"),
     (lambda folder: stand_in(folder, max_position_embeddings=32), "it takes 32 tokens")])
 def test_a_model_that_cannot_be_trained_is_refused(run, tmp_path, capsys, make, told):
@@ -855,14 +747,14 @@ def test_a_reference_of_another_vocabulary_is_refused(run, tmp_path, capsys):
     tokenizer = words()
     tokenizer.pad_token = "<eos>"
     other = stand_in(tmp_path / "other", tokenizer=tokenizer, vocab_size=768)
-    assert "another tokenizer" in error_of(capsys, run, "--reference", other)
+    assert "not that of --model" in error_of(capsys, run, "--reference", other)
 
 LINE = json.dumps(point(1))
 
 @pytest.mark.parametrize("flags, told", [
     (("--beta", "0"), "--beta"), (("--max-length", "1"), "--max-length"), (("--log-z", "much"), "--log-z"),
     (("--data", "nowhere"), "nowhere"), (("--model", "nowhere"), "nowhere"), (("--methd", "sft"), "--methd"),
-    (("--data", __file__), "test_ulma.py"), (("--data-dir", "x"), "x"), (("--output-dir", f"{__file__}/x"), "x"),
+    (("--data", __file__), "test_ulma"), (("--data-dir", "x"), "x"), (("--output-dir", f"{__file__}/x"), "x"),
     (("--output-dir", "", "--save-steps", "9"), "--save-steps"), (("--fine-grained",), "needs pairs"),
     (("--output-dir", HERE), "neither new"), (("--balanced", "--method", "dpo"), "--balanced"),
     (("--splits", "train_x"), "train_x"),
@@ -870,17 +762,17 @@ LINE = json.dumps(point(1))
         (LINE[:-9], "rows count from 0"), (f"{LINE}\n{LINE[:-9]}", "row 1"), ("", "is empty"),
         (LINE.replace("Answer", "\xe9"), "utf-8"),
         (LINE.replace("prompt", "promt"), "no prompt"),
-        (LINE.replace("label", "lable"), "it has prompt, completion, lable; needed are prompt, completion and label"),
+        (LINE.replace("label", "lable"), "it has prompt, completion, lable; needed are prompt"),
         (f'{LINE}\n{LINE.replace(": 1}", ": 2}")}', "train row 2: the label is 2"),
-        (LINE.replace(": 1}", ": 0.5}"), "--continuous"), (LINE.replace(": 1}", ': "1"}'), "the label is '1'"),
+        (LINE.replace(": 1}", ": 0.5}"), "--continuous"), (LINE.replace(": 1}", ': "1"}'), "label is '1'"),
         (LINE.replace(" Answer 1.", ""), "no completion"), (LINE.replace("Question 1?", ""), "no prompt"),
         (LINE.replace('" Answer 1."', "5"), "train row 1: 5 was read, not a text"),
         (LINE.replace(" Answer 1.", "2024-01-31"), "datetime(2024, 1, 31, 0, 0)'} was read, not a text"),
-        (json.dumps(point(1, references="Yes.")), "a list of texts"), (json.dumps(point(1, references=[5])), "5 was read"),
+        (json.dumps(point(1, references="Yes.")), "a list of texts"),
         ('{"chosen": "Hi", "rejected": "\\n\\nAssistant: x"}', "Assistant:"),
         (json.dumps({"prompt": CHAT, "completion": chat("", "Good.")[1:], "label": 1}), "chat_template"),
-        ("\n".join([LINE] * 9), "0 rows of label 1 and 0 others (dpo: on one prompt), beside 9 test rows"),
-        ("\n".join([LINE, json.dumps(point(2))]), "1 rows of label 1 and 0 others (dpo: on one prompt), beside 1 test")))])
+        ("\n".join([LINE, json.dumps(point(2))]), "from 1 rows of label 1 and 0 others"),
+        ("\n".join([LINE] * 9), "0 others (dpo: on one prompt), beside 9 test rows")))])
 def test_a_mistake_gets_one_line_that_names_it_and_nothing_is_written(run, capsys, tmp_path, flags, told):
     if flags[0] == "--data" and flags[1][:1] in "{":
         (tmp_path / "rows.jsonl").write_text(flags[1], encoding="latin-1")
@@ -888,16 +780,17 @@ def test_a_mistake_gets_one_line_that_names_it_and_nothing_is_written(run, capsy
     assert told in error_of(capsys, run, *flags)
     assert not (tmp_path / "out").exists()
 
-def test_a_terminal_that_knows_no_greek_gets_question_marks(small, tmp_path):
-    command = [sys.executable, "ulma.py", "--model", small / "model", "--data", "nowhere-β"]
-    done = subprocess.run([*map(str, command)], cwd=HERE, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "cp1252"})
+def test_a_terminal_that_knows_no_greek_gets_question_marks():
+    command, odd = [sys.executable, "ulma.py", "--data", "nowhere-β"], {"PYTHONIOENCODING": "cp1252"}
+    done = subprocess.run(command, cwd=HERE, capture_output=True, env=os.environ | odd)
     assert done.returncode == 2 and b"nowhere-? is empty or unreadable" in done.stderr
 
 def test_a_model_that_breaks_is_told_and_never_replaces_a_checkpoint(run, capsys, monkeypatch, tmp_path):
     clip, calls = torch.nn.utils.clip_grad_norm_, itertools.count(1)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, bound: (
         clip(parameters, bound) * (math.nan if next(calls) == 4 else 1)))
-    assert "not finite at step 4" in error_of(capsys, run, "--save-steps", 2, "--output-dir", tmp_path / "out")
+    told = error_of(capsys, run, "--save-steps", 2, "--output-dir", tmp_path / "out")
+    assert "not finite at step 4" in told
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
     monkeypatch.undo()
     assert "--learning-rate" in error_of(capsys, run, "--learning-rate", 1e30)
@@ -908,25 +801,62 @@ def test_ctrl_c_and_a_full_memory_are_told_in_one_line(run, capsys, monkeypatch)
         assert told in error_of(capsys, run)
 
 # ---- LoRA and devices --------------------------------------------------------------------------------------
-def test_lora_trains_adapters_alone_and_saves_the_merged_model(run, small, monkeypatch, tmp_path):
+def test_lora_trains_adapters_alone_and_saves_the_merged_model(run, small, monkeypatch):
     pytest.importorskip("peft")
-    saved, save = [], torch.save
-    monkeypatch.setattr(torch, "save", lambda state, path: (saved.append(state["parameters"]), save(state, path)))
-    models, original = [], ulma.load_model
-    monkeypatch.setattr(ulma, "load_model", lambda *arguments: models.append(original(*arguments)) or models[-1])
+    models, load_model, saved, save = [], ulma.load_model, [], torch.save
+    monkeypatch.setattr(ulma, "load_model", lambda *these: models.append(load_model(*these)) or models[-1])
+    monkeypatch.setattr(torch, "save", lambda state, path: saved.append(state) or save(state, path))
     results, out = run("--method", "sft", "--lora", 2, "--save-steps", 3, "--bf16", "--learning-rate", 0.03)
     [model], before, after = models, weights(small / "model"), weights(out)
-    dtypes = {(p.requires_grad, p.dtype) for p in model.parameters()}
-    assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
+    assert {(p.requires_grad, p.dtype) for p in model.parameters()} == {
+        (True, torch.float32), (False, torch.bfloat16)}
     adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert adapters == sum(value.numel() for value in saved[0].values()) < model.num_parameters() / 4
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {name for name in before if "proj" in name}  # all linear layers but the head
-    assert torch.linalg.matrix_rank(after["model.layers.0.mlp.up_proj.weight"] - before["model.layers.0.mlp.up_proj.weight"],
-                                    rtol=1e-3) == 2
+    assert adapters == len(flat(saved[0]["parameters"])) < model.num_parameters() / 4  # in a checkpoint
+    changed = {name: after[name] - before[name] for name in before if (before[name] != after[name]).any()}
+    assert changed.keys() == {name for name in before if "proj" in name}  # all linear layers but the head
+    assert {torch.linalg.matrix_rank(change, rtol=1e-3).item() for change in changed.values()} == {2}
     again = run("--eval-only", "--model", out, "--reference", small / "model")[0]["eval"]
-    assert again["perplexity"] == pytest.approx(results["after"]["perplexity"], rel=0.02)  # bfloat16 against float32
+    assert again["perplexity"] == pytest.approx(results["after"]["perplexity"], rel=0.02)  # it was bfloat16
     assert results["after"]["perplexity"] < 0.9 * results["before"]["perplexity"]
+
+DEVICE = """
+import collections, json, os, sys, traceback
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+import ulma
+_setup_privateuseone_for_python_backend("pretend")
+torch.get_device_module("pretend").get_amp_supported_dtype = lambda: [torch.bfloat16]
+torch.__future__.set_overwrite_module_params_on_conversion(True)
+device, waits = FakeTensorMode(), collections.Counter()
+class Pretend(TorchDispatchMode):
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        leaves = tree_leaves((args, kwargs))
+        if not any(isinstance(x, FakeTensor) or getattr(x, "type", 0) == "pretend" for x in leaves):
+            return op(*args, **kwargs or {})
+        if op is torch.ops.aten._local_scalar_dense.default:  # the CPU waits for a number
+            frames = [frame for frame in traceback.extract_stack() if "/lib/" not in frame.filename]
+            waits[frames[-2].name] += 1
+            return 0.5
+        to_fake = lambda x: device.from_tensor(x) if type(x) in (torch.Tensor, torch.nn.Parameter) else x
+        with device:
+            return op(*tree_map(to_fake, args), **kwargs or {})
+ulma.sample = lambda model, tokenizer, rows, args: [["x"]] * len(rows)
+ulma.save_model = lambda *_: None
+with Pretend():
+    ulma.main(sys.argv[1:])
+print(json.dumps(waits))
+"""
+
+def test_on_a_device_without_data_training_waits_only_where_it_logs(small, tmp_path):
+    flags = "--method", "pointwise-dpo", "--gradient-checkpointing", "--save-steps", 0
+    process = begin(small, tmp_path / "out", *flags, script=("-c", DEVICE), stdout=subprocess.PIPE)
+    output, error = process.communicate()
+    assert process.returncode == 0, error
+    waits = json.loads(output.splitlines()[-1])  # the rows scored; rewards and labels; 4 lines of the log
+    assert waits == {"<lambda>": 10 + 3 * 3, "<listcomp>": 2 * 8 * 10, "train": 2 * 4}
 
 def test_without_peft_lora_is_refused_in_one_line(run, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
@@ -935,13 +865,13 @@ def test_without_peft_lora_is_refused_in_one_line(run, capsys, monkeypatch):
 # ---- Interruptions, and several processes ------------------------------------------------------------------
 TORCHRUN = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
 
-def begin(small, out, *flags, launcher=()):
+def begin(small, out, *flags, launcher=(), script=("ulma.py",), stdout=subprocess.DEVNULL):
     """A run of 40 short steps in a process of its own, or in two."""
-    command = [sys.executable, *launcher, "ulma.py", "--model", small / "model", "--data", small / "data",
-               "--max-length", 64, "--epochs", 8, "--batch-size", 2, "--learning-rate", 1e-3, "--save-steps", 3,
-               "--output-dir", out, *flags]
+    command = [sys.executable, *launcher, *script, "--model", small / "model", "--data", small / "data",
+               "--max-length", 64, "--epochs", 8, "--batch-size", 2, "--learning-rate", 1e-3,
+               "--save-steps", 3, "--output-dir", out, *flags]
     return subprocess.Popen([*map(str, command)], cwd=HERE, stderr=subprocess.PIPE, text=True,
-                            stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                            stdout=stdout, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 def end(*processes):
     for process in processes:
@@ -954,7 +884,7 @@ def wait_for(condition, process):
         time.sleep(0.01)
 
 def figures(out):
-    """What two runs of the same have in common: the log, but for times and steps done twice, and the metrics."""
+    """What equal runs have in common: the log, but for times and steps done twice, and the metrics."""
     metrics = json.loads((out / "metrics.json").read_text())
     log = {line["step"]: {**line, "tokens_per_second": 0} for line in read(out / "log.jsonl")}
     return list(log.values()), metrics["before"], metrics["after"]
@@ -981,12 +911,11 @@ def test_a_run_killed_at_any_moment_ends_as_one_that_never_was(small, tmp_path):
 
 @pytest.mark.parametrize("lora", [0, 4])
 def test_two_processes_equal_one_and_go_on_after_a_kill(small, tmp_path, lora):
-    """Pair-wise DPO on seven pairs, one held out: of the last batch of three, one process has one item more."""
-    pairs = [{**point(i), "chosen": f" {i}.", "rejected": f" {i}{'!' * i}?"} for i in range(8)]
-    flags = ("--data", write(tmp_path / "pairs.jsonl", pairs), "--fine-grained", "--method", "dpo", "--lora", lora,
-             "--gradient-accumulation", 2, "--gradient-checkpointing")
-    if lora:
-        pytest.importorskip("peft")
+    """Pair-wise DPO on six pairs, one held out: for the last batch, of one, a process has none."""
+    pairs = [{**point(i), "chosen": f" {i}.", "rejected": f" {i}{'!' * i}?"} for i in range(6)]
+    flags = ("--data", write(tmp_path / "pairs.jsonl", pairs), "--fine-grained", "--method", "dpo",
+             "--lora", lora, "--gradient-accumulation", 2, "--gradient-checkpointing")
+    lora and pytest.importorskip("peft")
     one, two, killed = (tmp_path / name for name in ("one", "two", "killed"))
     alone, pair = begin(small, one, *flags, "--batch-size", 4), begin(small, two, *flags, launcher=TORCHRUN)
     end(alone, pair)
@@ -1005,16 +934,6 @@ def test_two_processes_equal_one_and_go_on_after_a_kill(small, tmp_path, lora):
         assert mine["loss"] == pytest.approx(yours["loss"], rel=1e-4)
         assert mine["reward_negative"] == pytest.approx(yours["reward_negative"], rel=1e-3, abs=1e-5)
     assert figures(one)[2]["perplexity"] == pytest.approx(figures(two)[2]["perplexity"], rel=1e-4)
-
-def test_a_batch_with_fewer_items_than_processes_loses_none(small, tmp_path):
-    data = write(tmp_path / "rows.jsonl", [point(i, i % 2) for i in range(6)])  # five to train on: 4 + 1, or 2 + 2 + 1
-    flags = "--data", data, "--method", "pointwise-dpo", "--save-steps", 1, "--epochs", 2
-    one, two = tmp_path / "one", tmp_path / "two"
-    end(begin(small, one, *flags, "--batch-size", 4), begin(small, two, *flags, launcher=TORCHRUN))
-    for mine, yours in zip(figures(one)[0], figures(two)[0], strict=True):
-        assert mine["loss"] == pytest.approx(yours["loss"], rel=1e-4)
-        assert mine["gradient_norm"] == pytest.approx(yours["gradient_norm"], rel=1e-3)
-        assert (mine["reward_positive"] or 0) == pytest.approx(yours["reward_positive"] or 0, rel=1e-3, abs=1e-5)
 
 @pytest.fixture
 def stopped(run, monkeypatch, capsys, tmp_path):

@@ -1,7 +1,6 @@
 """ULMA: Unified Language Model Alignment with Human Demonstration and Point-wise Preference.
 
-Cai et al., arXiv 2312.02554, in one file, to be read beside the paper. Its first half is the paper:
-losses, log-probabilities, training, evaluation.
+Cai et al., arXiv 2312.02554, in one file, to be read beside the paper: the first half follows it.
 
     python ulma.py --method ulma        # on data/, offline, within a minute
     python ulma.py --model Qwen/Qwen2.5-0.5B --data Anthropic/hh-rlhf --data-dir harmless-base
@@ -43,7 +42,7 @@ progress = partial(tqdm, disable=RANK > 0)
 def implicit_reward(logps, ref_logps, beta=0.1, log_z=0.0):
     """r_θ(x,y) = β (log π_θ(y|x) − log π_ref(y|x) + log Z(x)).
 
-    With the true log Z(x), π_θ is optimal for this reward. log_z is a number or a tensor that
+    If log_z is log Z(x), π_θ is the optimum for this reward. log_z is a number or a tensor that
     broadcasts, such as one value per row.
     """
     return beta * (logps - ref_logps + log_z)
@@ -94,7 +93,7 @@ class Row:
     label: float  # z: 1 for a demonstration or thumbs-up, 0 for a thumbs-down, or a score
     references: list  # acceptable completions
     group: str  # exact match is also reported per group
-    chosen: "Row"  # if this is the rejected one of a pair
+    chosen: "Row"  # of the pair, in its rejected row
     input_ids: torch.Tensor = None  # (T,): the prompt, and the response with its end
     response_mask: torch.Tensor = None  # (T,): True on what counts in log π(y|x)
     ref_logp: float = math.nan  # log π_ref(y|x), if it is needed
@@ -105,7 +104,7 @@ def response_logps(model, input_ids, response_mask):
 
     input_ids and response_mask are (B, T), padded on the right, where a causal model never looks.
     The mask is True on the tokens that count, including the end of the response, but not the first
-    of a row, which nothing predicts. A row without any gives 0. The model is any decoder-only one
+    of a row, which nothing predicts. Where all is False, it is 0. The model is any decoder-only one
     of transformers: its own forward pass scales or caps the logits.
     """
     # The logits at t predict token t + 1. A mask on the CPU spares nonzero() a wait for the GPU.
@@ -152,7 +151,7 @@ def batch_losses(model, items, args):
     return losses, rewards, labels
 
 def train(model, items, args, out):
-    """Minimises the mean loss, from the last checkpoint in the folder out on. Returns figures."""
+    """Minimises the mean loss, resuming from the last checkpoint in out. Returns figures."""
     rng = random.Random(args.seed)
     plan = []  # for each step, the batches whose gradients it accumulates
     for _ in range(args.epochs):
@@ -163,21 +162,21 @@ def train(model, items, args, out):
     schedule = get_cosine_schedule_with_warmup(optimizer, len(plan) // 10, len(plan))
     state = {"parameters": parameters, "optimizer": optimizer, "schedule": schedule}
     done = load_checkpoint(out, state, len(plan))
-    log = open(out / "log.jsonl" if RANK == 0 else os.devnull, "a", buffering=1)
+    log = open(out / "log.jsonl" if RANK == 0 else os.devnull, "a" if done else "w", buffering=1)
 
     # The model stays in evaluation mode, without dropout or other noise: π_θ starts at π_ref.
     if args.gradient_checkpointing:  # transformers' own needs training mode
         for block in blocks_of(model):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    total, seen = 0.0, []  # loss; rewards and labels: since step `logged`
+    total, seen = 0.0, []  # the losses, and (r_θ, z), since step `logged`
     logged, samples, tokens, start = done, 0, 0, time.perf_counter()
     for step, batches in enumerate(progress(plan[done:], "training"), done + 1):
         for batch in batches:
             share = batch[RANK::WORLD]
-            # FSDP needs every process in every pass: one without a share repeats an item, in vain.
+            # FSDP needs every process in every pass: an idle one repeats an item, at weight 0.
             losses, rewards, labels = batch_losses(model, share or batch[:1], args)
-            loss = losses.sum() * bool(share) / sum(map(len, batches))  # its part of the mean
-            (loss * WORLD).backward()  # FSDP averages gradients over the processes
+            loss = losses.sum() * bool(share) / sum(map(len, batches))
+            (loss * WORLD).backward()  # FSDP averages over the processes
             total += loss.detach()
             seen += [torch.stack((rewards, labels), 1)] * bool(share)
             samples += len(rows_of(batch))
@@ -209,16 +208,16 @@ def train(model, items, args, out):
             "peak_memory_bytes": torch.cuda.max_memory_allocated() or None}
 
 # ---- Evaluation ----
-SAMPLES = 4  # per prompt, and prompts to show or, without references, to sample
+SAMPLES = 4  # per prompt, and prompts to show
 
 @torch.no_grad()
 def sample(model, tokenizer, rows, args):
-    """SAMPLES completions of each row's prompt, drawn from π_θ itself, that is at temperature 1."""
+    """SAMPLES completions of each row's prompt, drawn from π_θ itself (temperature 1)."""
     references = [reference for row in rows for reference in row.references]
     lengths = map(len, tokenizer(references).input_ids) if references else [62]
     new_tokens = min(max(lengths) + 2, args.max_length // 2)
-    # Responses end with the tokenizer's eos, the model's own, or as rows do. The model's other
-    # settings could change what is sampled.
+    # A sample ends with the tokenizer's eos, the model's, or a special token that ends rows here.
+    # The model's other settings are replaced, as they could change what is sampled.
     own = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
     ends |= special_ids(tokenizer) & {row.input_ids[-1].item() for row in rows}
@@ -257,7 +256,7 @@ def evaluate(model, tokenizer, rows, args):
     nats = -sum(logp for row, logp in zip(rows, logps) if row.label == 1)
     tokens = sum(row.response_mask.sum().item() for row in rows if row.label == 1)
     log_ratios = torch.tensor([logp - row.ref_logp for row, logp in zip(rows, logps)])
-    known = ~log_ratios.isnan()  # then they are ordered as rewards
+    known = ~log_ratios.isnan()  # r_θ grows with the log-ratio
     labels = torch.tensor([row.label for row in rows])
     metrics = {"perplexity": math.exp(min(nats / tokens, 700)) if tokens else None,
                "reward_auc": concordance(log_ratios[known], labels[known])}
@@ -281,7 +280,7 @@ def evaluate(model, tokenizer, rows, args):
 def load_rows(args, tokenizer):
     """The training rows and the test rows of --data. Without a split to test on, a tenth of the
     prompts is held out, but with --eval-only all rows are tested."""
-    with explain(f"--data {args.data} is empty or unreadable (its rows count from 0)"):
+    with explain(f"--data {args.data} is empty or unreadable (rows count from 0)"):
         splits = read_splits(args)
 
     def find(*prefixes):
@@ -320,28 +319,28 @@ def read_splits(args):
 def parse(records, split, args, tokenizer):
     """The rows of a split: one per record, or two, chosen and rejected, per pair.
 
-    Over --max-length, a prompt loses its start, the same for all its responses, and then a response
-    its end. Either keeps at least half.
+    Over --max-length, all rows of a prompt lose the same part of its start, and then a response its
+    end; half of the length is for each.
     """
+    require(records, f"no rows in {split}")
     rows, groups = [], defaultdict(list)
     for number, record in enumerate(progress(records, f"{split} rows"), 1):
         with explain(f"{split} row {number}"):
             rows += read_record(record, args, tokenizer)
-    for row in rows:
+    encode = partial(tokenizer, add_special_tokens=False)
+    for row, ids in zip(rows, encode([row.prompt + row.completion for row in rows]).input_ids):
+        row.input_ids = ids
         groups[row.prompt].append(row)
-    texts = [*groups, *(row.prompt + row.completion for row in rows)]
-    ids = tokenizer(texts, add_special_tokens=False).input_ids
-    whole = dict(zip(rows, ids[len(groups):]))
     bos = [number for number in tokenizer("a").input_ids[:1] if number == tokenizer.bos_token_id]
     special, cut = special_ids(tokenizer), 0
-    for prompt, group in zip(ids, groups.values()):
+    for prompt, group in zip(encode(list(groups)).input_ids, groups.values()):
         # A token that spans the boundary belongs to the response.
-        shared = len(os.path.commonprefix([prompt, *(whole[row] for row in group)]))
+        shared = len(os.path.commonprefix([prompt, *(row.input_ids for row in group)]))
         prompt = prompt[:shared]
-        if not special.intersection(prompt[:1]):  # otherwise the text has brought its own
+        if not special.intersection(prompt[:1]):
             prompt = bos + prompt
         require(prompt, f"the prompt {group[0].prompt[:60]!r} has no token of its own")
-        responses = [close(whole[row][shared:], special, tokenizer) for row in group]
+        responses = [close(row.input_ids[shared:], special, tokenizer) for row in group]
         room = max(args.max_length - max(map(len, responses)), args.max_length // 2)
         kept = shorten(prompt, room, tokenizer)
         for row, response in zip(group, responses):
@@ -358,12 +357,10 @@ def read_record(record, args, tokenizer):
     Messages go through the chat template. Without a prompt, the response is a conversation that
     ends with the answer, or a transcript as in HH-RLHF, where "\\n\\nAssistant:" precedes it.
     """
-    rating = "score" if args.continuous and "score" in record else "label"
-    # A table has None where its records differ. What JSON does not know is no text.
+    # A table has None where its records differ. Types unknown to JSON fail the check for texts.
     record = json.loads(json.dumps(record, default=lambda value: {"": repr(value)}),
                         object_hook=lambda d: {key: d[key] for key in d if d[key] is not None})
-    for column in ("system", "images", "chat_template_kwargs"):
-        require(not record.get(column), f"the column {column} would be left out")
+    rating = "score" if args.continuous and "score" in record else "label"
     if {"chosen", "rejected"} <= record.keys():
         rated = [(record["chosen"], 1), (record["rejected"], 0)]
     else:
@@ -385,7 +382,9 @@ def read_record(record, args, tokenizer):
             prompt = before + turn
         require(prompt, "no prompt, nor any \\n\\nAssistant:")
         require(completion or len(rated) > 1, "no completion")
-        require(is_chat or not record.get("tools"), "tools need messages")
+        require(" " not in prompt or not completion.startswith(prompt), "it repeats the prompt")
+        for column in ("system", "images", "tools")[:3 - is_chat]:
+            require(not record.get(column), f"the column {column} would be left out")
         require(z in (0, 1) or args.continuous and type(z) is float and 0 < z < 1,
                 f"the label is {z!r}, not 0 or 1 (or with --continuous between)")
         chosen = rows[0] if rows else None
@@ -397,7 +396,7 @@ def render(record, response, tokenizer):
     prompt = read_messages(record.get("prompt", []), "user")
     messages = read_messages(response, "assistant")
     if not all(message in messages for message in prompt):  # else the response holds the prompt
-        messages = prompt + messages[:1] * (len(messages) == 1)
+        messages = (prompt + messages) * (len(messages) == 1)
     roles = [message["role"] for message in messages]
     require(len(roles) > 1 and roles[-1] == "assistant" != roles[-2],
             "the messages are not a prompt and one answer of the assistant")
@@ -429,7 +428,8 @@ def read_messages(part, role):
 
 def special_ids(tokenizer):
     tokens = tokenizer.added_tokens_decoder.items()
-    return {number for number, token in tokens if token.special} - {tokenizer.unk_token_id}
+    special = {number for number, token in tokens if token.special}
+    return special - {tokenizer.unk_token_id} | {tokenizer.eos_token_id}
 
 def close(response, special, tokenizer):
     """A response with its end: the first special token after its text, or else eos."""
@@ -441,8 +441,8 @@ def close(response, special, tokenizer):
 
 def shorten(prompt, length, tokenizer):
     """The last tokens of a prompt, length in all, but first BOS."""
-    opening = prompt[:1] if prompt[0] == tokenizer.bos_token_id else []
-    return opening + prompt[len(opening) + max(len(prompt) - length, 0):]
+    start = 1 if prompt[0] == tokenizer.bos_token_id else 0
+    return prompt[:start] + prompt[start + max(len(prompt) - length, 0):]
 
 def only_edits(rows):
     """--fine-grained (Xu et al., arXiv 2406.02756): a rejected response counts only in the tokens
@@ -454,9 +454,7 @@ def only_edits(rows):
         counts = row.response_mask[-len(before):]
         for match in SequenceMatcher(None, before, after, autojunk=False).get_matching_blocks():
             counts[match.a:match.a + match.size] = False
-    kept = [row for row in rows if row.response_mask.any()]
-    print(f"--fine-grained: {len(rows) - len(kept)} of {len(rejected)} rejected responses left out")
-    return kept
+    return [row for row in rows if row.response_mask.any()]
 
 def training_items(rows, method):
     """In pair-wise DPO, each positive is paired with each negative of its prompt."""
@@ -586,10 +584,11 @@ def blocks_of(model):
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 def save_model(model, tokenizer, args, out):
-    """Writes the model as it was stored, with the trained weights put or merged in."""
+    """Writes the model as it was stored, in float32, with the trained weights put or merged in."""
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     trained = get_model_state_dict(model, options=whole)
     if RANK == 0:
+        trained = {name: trained[name] for name in trained if not args.lora or "lora_" in name}
         model = read_model(args.model)
         wrapper = add_lora(model, args) if args.lora else None
         model.load_state_dict(trained, strict=False)
@@ -628,7 +627,7 @@ def arg(default, help):
 @dataclass
 class Options:
     method: Literal["ulma", "pointwise-dpo", "sft", "dpo"] = arg("ulma", "the loss")
-    model: str = arg("data/base", "where training starts: a folder or a hub name")
+    model: str = arg("data/base", "a folder or a hub name")
     reference: str = arg(None, "π_ref, if not --model")
     data: str = arg("data", "a file, a folder or a hub name")
     data_dir: str = arg(None, "the folder within --data")
@@ -648,7 +647,7 @@ class Options:
     lora: int = arg(0, "the rank of adapters to train (needs peft); 0: all weights")
     max_length: int = arg(512, "tokens per row")
     seed: int = arg(0, "of shuffling, held-out prompts and samples")
-    save_steps: int = arg(0, "steps between checkpoints, from which the same command continues")
+    save_steps: int = arg(0, "steps between checkpoints, to continue from; 0: none")
     eval_only: bool = arg(False, "evaluate --model, and stop")
 
 def read_options(argv):
@@ -677,7 +676,8 @@ def run(args):
     others = [row.label for row in rows if row.label != 1]
     positives = len(rows) - len(others)
     mean_label = mean([row.label for row in rows]) or 0.0
-    require(args.eval_only or items and (args.method == "sft" or 0 < mean_label < 1),
+    mixed = 0 < mean_label < 1 and (positives or not args.balanced)
+    require(args.eval_only or items and (args.method == "sft" or mixed),
             f"{args.method} cannot learn from {positives} rows of label 1 and {len(others)} others "
             f"(dpo: on one prompt), beside {len(test_rows)} test rows")
     if args.balanced and rows:
@@ -688,7 +688,7 @@ def run(args):
         prior = rows and args.method in ("ulma", "pointwise-dpo")
         args.log_z = prior_log_z(mean_label, args.beta, args.continuous) if prior else 0.0
 
-    default = f"runs/{args.method}-{time.strftime('%y%m%d-%H%M%S')}"
+    default = f"runs/{args.method}-{time.strftime('%y%m%d-%H%M%S')}-{os.getpid()}"
     out = Path(gather([args.output_dir or default])[0])
     started, finished = out / "options.json", out / "metrics.json"
     if out.exists() and any(out.iterdir()):
@@ -731,14 +731,11 @@ def run(args):
 
 def report(results, lines):
     """Prints metrics and some samples of each evaluation, side by side."""
-    def show(name, cells):
-        print(f"{name:28}" + "".join(f"{cell:>12}" for cell in cells))
-
-    print()
-    show("", results)
+    print(f"\n{'':28}" + "".join(f"{name:>12}" for name in results))
     for metric in list(results.values())[0]:
         values = [metrics[metric] for metrics in results.values()]
-        show(metric, ["n/a" if value is None else f"{value:.3f}" for value in values])
+        cells = ("         n/a" if value is None else f"{value:12.3f}" for value in values)
+        print(f"{metric:28}" + "".join(cells))
     for line in lines[::math.ceil(len(lines) / SAMPLES)]:
         print("\n" + " ".join(line["prompt"].split())[-90:])
         for name in results:
@@ -765,7 +762,7 @@ def main(argv=None):
         message = "error: out of memory; try --gradient-checkpointing or less --batch-size"
     except KeyboardInterrupt:
         message = "interrupted; with --save-steps, the same command continues"
-    time.sleep(5 * (RANK > 0))  # the first most often says the same, and ends the rest
+    time.sleep(5 * (RANK > 0))  # the first mostly says the same, and its exit ends all
     print(f"ulma.py: {message}", file=sys.stderr)
     sys.exit(2)
 
@@ -776,4 +773,4 @@ if __name__ == "__main__":
     except SystemExit as stop:
         code = stop.code
     sys.stdout.flush()
-    os._exit(code)  # without the clean-up, in which torch may abort
+    os._exit(code)  # torch may abort while cleaning up
