@@ -6,10 +6,7 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read at import: a name that is no folder fails at once
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the expected values are a CPU's
-import datasets
-import tokenizers
-import torch
-import transformers
+import datasets, tokenizers, torch, transformers
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -19,19 +16,13 @@ from ulma import (concordance, dpo_loss, implicit_reward, pointwise_dpo_loss, pr
 
 HERE = Path(ulma.__file__).parent
 TOKENIZER = AutoTokenizer.from_pretrained(HERE / "data" / "base")
-LOSSES = pointwise_dpo_loss, ulma_loss
 
-def draw(n=64, seed=0):
-    """Random log π_θ, log π_ref and labels 0/1: (n,), float64."""
+def draw(n=64, seed=0):  # random log π_θ, log π_ref and labels 0/1: (n,), float64
     generator = torch.Generator().manual_seed(seed)
     logps, ref_logps = -8 * torch.rand(2, n, generator=generator, dtype=torch.float64)
     return logps.requires_grad_(), ref_logps, torch.randint(0, 2, (n,), generator=generator)
-
-def sigma(x):
-    return 1 / (1 + math.exp(-x))
-
-def grad(loss, logps):
-    return torch.autograd.grad(loss.sum(), logps)[0].tolist()
+def sigma(x): return 1 / (1 + math.exp(-x))
+def grad(loss, logps): return torch.autograd.grad(loss.sum(), logps)[0].tolist()
 
 # ---- The equations, their gradients and the paper's claims -------------------------------------------------
 def test_the_reward_is_beta_times_log_ratio_plus_log_z():
@@ -54,7 +45,8 @@ def test_every_loss_is_its_equation(beta, log_z):
         assert sft_loss(logps[i]).item() == pytest.approx(-logp)
         assert pointwise_dpo_loss(*at, labels[i], beta, log_z).item() == pytest.approx(binary)
         assert pointwise_dpo_loss(*at, graded[i], beta, log_z, True).item() == pytest.approx((score - r) ** 2)
-        assert ulma_loss(*at, labels[i], beta, log_z).item() == pytest.approx(z * -logp + (1 - z) * binary)
+        unbraked = z * -logp + (1 - z) * binary
+        assert ulma_loss(*at, labels[i].bool(), beta, log_z).item() == pytest.approx(unbraked)
         assert ulma_loss(*at, graded[i], beta, log_z, True).item() == pytest.approx(squared)
 
 def test_pairwise_dpo_is_its_equation_and_gradient_and_log_z_cancels():
@@ -66,15 +58,7 @@ def test_pairwise_dpo_is_its_equation_and_gradient_and_log_z_cancels():
     assert gradients[0].tolist() == pytest.approx([-0.3 * sigma(-gap) for gap in gaps])
     assert gradients[1].tolist() == pytest.approx([0.3 * sigma(-gap) for gap in gaps])
 
-def test_losses_take_labels_of_any_type_in_any_shape():
-    logps, ref_logps, labels = draw()
-    for loss, kind, continuous in itertools.product(LOSSES, (torch.bool, torch.int64), (False, True)):
-        expected = loss(logps, ref_logps, labels.double(), 0.1, 0.0, continuous)  # the defaults
-        tensors = (tensor.view(8, 8) for tensor in (logps, ref_logps, labels.to(kind)))
-        assert torch.equal(loss(*tensors, continuous=continuous), expected.view(8, 8))
-
 def test_the_gradients_are_the_papers():
-    """SFT −1; binary −β (z − σ(r)); continuous −2β (z − r); ULMA has no such brake on demonstrations."""
     logps, ref_logps, labels = draw()
     scores = torch.rand(64, dtype=torch.float64)
     rewards = [0.3 * (a - b + 0.5) for a, b in zip(logps.tolist(), ref_logps.tolist())]
@@ -99,7 +83,6 @@ def test_the_prior_log_z_zeroes_the_mean_coefficient_at_the_start(continuous, sh
 
 @pytest.mark.parametrize("continuous", [False, True])
 def test_the_optimum_of_alignment_is_recovered_with_the_true_log_z(continuous, beta=0.5):
-    """π* = π_ref exp(r/β) / Z over six responses against the minimum of the exact expected loss, float64."""
     ref = torch.tensor([0.30, 0.25, 0.20, 0.12, 0.08, 0.05], dtype=torch.float64)
     reward = torch.tensor([-1.0, 0.5, 1.5, -0.3, 0.9, 2.0], dtype=torch.float64)
     z = (ref * (reward / beta).exp()).sum()
@@ -128,27 +111,22 @@ TINY = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_laye
 ARCHITECTURES = {  # several of these scale or cap their logits, in ways that change the result
     "gpt2": dict(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=128, attn_pdrop=0, resid_pdrop=0,
                  embd_pdrop=0),
-    "llama": TINY, "qwen3": TINY,
-    "gemma2": {**TINY, "final_logit_softcapping": 2.0, "query_pre_attn_scalar": 8},
-    "cohere": {**TINY, "logit_scale": 0.25}, "granite": {**TINY, "logits_scaling": 3.0}}
+    "llama": TINY, "gemma2": {**TINY, "final_logit_softcapping": 2.0, "query_pre_attn_scalar": 8},
+    "qwen3": TINY, "cohere": {**TINY, "logit_scale": 0.25}, "granite": {**TINY, "logits_scaling": 3.0}}
 
-def tiny(name, **changes):
-    """A random model of a few thousand weights, with logits far from uniform."""
+def tiny(name, **changes):  # a random model of a few thousand weights, with logits far from uniform
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(name, **{**ARCHITECTURES.get(name, {}), **changes})
     model = AutoModelForCausalLM.from_config(config)
     for parameter in model.get_output_embeddings().parameters():
         parameter.data *= 20
     return model
-
-def batch():
-    """input_ids and response_mask, padded on the right, and the unpadded (prompt, response) rows."""
+def batch():  # input_ids and response_mask, padded on the right, and the unpadded (prompt, response) rows
     rows = [([9, 3, 44, 7, 30], [12, 8, 60, 5]), ([17], [33, 4, 21, 50, 6, 11]), ([40, 25, 3], [58]),
             ([5, 6, 7, 8, 9, 10, 11], [])]
     padded = [p + r + [0] * (9 - len(p + r)) for p, r in rows]
     masks = [[0] * len(p) + [1] * len(r) + [0] * (9 - len(p + r)) for p, r in rows]
     return torch.tensor(padded), torch.tensor(masks), rows
-
 def token_by_token(model, rows):
     """Σ log π(y_t | x, y_<t), each term from a forward pass of its own over an unpadded prefix."""
     def term(prefix, token):
@@ -168,27 +146,14 @@ def test_response_logps_is_the_sum_over_response_tokens_alone(name):
     noise = torch.where(torch.arange(input_ids.shape[1]) < torch.tensor([[9], [7], [4], [7]]), input_ids, 7)
     assert torch.equal(actual, response_logps(model, noise, response_mask.bool()))  # whatever pads
 
-def test_the_output_head_never_sees_a_prompt_or_padding_position():
-    model, seen = tiny("qwen3"), []
-    input_ids, response_mask, _ = batch()
-    head = model.get_output_embeddings()
-    head.register_forward_hook(lambda module, args, out: seen.append(out.shape[:-1].numel()))
-    response_logps(model, input_ids, response_mask)
-    assert seen == [response_mask.sum()]
-    assert model(input_ids=input_ids).logits.shape[:2] == input_ids.shape  # the model is as it was
-
 # ---- Rows for the tests below ------------------------------------------------------------------------------
 def write(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
-
-def read(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
+def read(path): return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 def point(i, label=1, **more):
     return {"prompt": f"Question {i}?", "completion": f" Answer {i}.", "label": label, **more}
-
 def stand_in(folder, name="llama", tokenizer=None, dtype=torch.float32, **changes):
     """A folder as from the hub: a random model and its tokenizer."""
     tokenizer = tokenizer or TOKENIZER
@@ -196,22 +161,14 @@ def stand_in(folder, name="llama", tokenizer=None, dtype=torch.float32, **change
     model.save_pretrained(folder, max_shard_size="40KB")
     tokenizer.save_pretrained(folder)
     return folder
-
-def read_model(folder):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-
-def weights(folder):
-    return read_model(folder).state_dict()
-
-def flat(state):
-    return torch.cat([value.flatten() for value in state.values()])
+def read_model(folder): return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+def weights(folder): return read_model(folder).state_dict()
+def flat(state): return torch.cat([value.flatten() for value in state.values()])
 
 RATED = [point(i % 3, int(i % 3 == i // 3), completion=f" Answer {i}{' and more' * (i % 4)}.",
                score=[0.0, 0.3, 1.0][(i + i // 3) % 3]) for i in range(10)]
-
 @pytest.fixture(scope="session")
-def small(tmp_path_factory):
-    """A tiny model; ten rated rows to train on, three with references to test on."""
+def small(tmp_path_factory):  # a tiny model; ten rated rows to train on, three with references to test on
     folder = tmp_path_factory.mktemp("small")
     stand_in(folder / "model")
     write(folder / "data" / "train.jsonl", RATED)
@@ -220,8 +177,7 @@ def small(tmp_path_factory):
     return folder
 
 @pytest.fixture(scope="session")
-def run(small, tmp_path_factory):
-    """run(flags): the metrics and the output folder of a run of a second."""
+def run(small, tmp_path_factory):  # run(flags): the metrics and the output folder of a run of a second
     def call(*flags):
         out = tmp_path_factory.mktemp("runs") / "out"
         defaults = ("--model", small / "model", "--data", small / "data", "--max-length", 64, "--epochs", 2,
@@ -233,14 +189,13 @@ def run(small, tmp_path_factory):
 def finished(run):
     return run("--method", "pointwise-dpo", "--gradient-checkpointing", "--epochs", 8)
 
-def error_of(capsys, call, *flags):
-    """The one line that a user's mistake gets."""
+def error_of(capsys, call, *flags):  # the one line that a user's mistake gets
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         call(*flags)
-    lines = [line for line in capsys.readouterr().err.splitlines() if "ulma.py: " in line]
-    assert stop.value.code == 2 and len(lines) == 1
-    return lines[0]
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "ulma.py: " in line]
+    assert stop.value.code == 2
+    return line
 
 # ---- From the option to the weights, through main alone ----------------------------------------------------
 PAPER = {  # the loss of a row, or of a pair, by the paper: d is log π_θ − log π_ref, c is β log Z
@@ -251,7 +206,6 @@ PAPER = {  # the loss of a row, or of a pair, by the paper: d is log π_θ − l
     "ulma --continuous": lambda logp, d, z, b, c: -logp if z == 1 else (z - b * d - c) ** 2,
     "pointwise-dpo --continuous": lambda logp, d, z, b, c: (z - b * d - c) ** 2}
 PAPER |= {f"{name} --balanced": loss for name, loss in PAPER.items() if name not in ("sft", "dpo")}
-
 @pytest.fixture
 def watched(monkeypatch, run):
     """watched(flags): for each step (weights, the gradient given to clip_grad_norm_), the log, results."""
@@ -267,14 +221,11 @@ def watched(monkeypatch, run):
         return steps, read(out / "log.jsonl"), results
     return call
 
-def naive_logp(model, row):
-    """log π(y|x) of one row without padding, or of the tokens at row["rated"] of y."""
+def naive_logp(model, row):  # log π(y|x) of one row without padding
     prompt = TOKENIZER(row["prompt"]).input_ids
     ids = torch.tensor(prompt + TOKENIZER(row["completion"]).input_ids + [TOKENIZER.eos_token_id])
     logps = model(input_ids=ids[None]).logits[0].log_softmax(-1)
-    rated = row.get("rated", range(len(ids)))
-    return sum(logps[t - 1, ids[t]] for t in range(len(prompt), len(ids)) if t - len(prompt) in rated)
-
+    return sum(logps[t - 1, ids[t]] for t in range(len(prompt), len(ids)))
 def naive_loss(method, model, reference, rows=RATED, beta=0.7):
     """The mean of the paper's loss over all rows, and the mean rewards of positives and of negatives."""
     label = "score" if "continuous" in method else "label"
@@ -294,10 +245,6 @@ def naive_loss(method, model, reference, rows=RATED, beta=0.7):
                   if method != "sft" or y == 1]
     rewards = [[(beta * d + c).item() for d, row in zip(deltas, rows) if row["label"] == y] for y in (1, 0)]
     return sum(losses) / len(losses), [sum(r) / len(r) for r in rewards]
-
-def gradient(method, model, *more):
-    loss, _ = naive_loss(method, model, *more)
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
 
 @pytest.mark.parametrize("method", PAPER)
 def test_a_steps_gradient_and_log_are_those_of_the_papers_mean_loss(watched, small, method):
@@ -324,8 +271,6 @@ def test_a_steps_gradient_and_log_are_those_of_the_papers_mean_loss(watched, sma
     if method in ("ulma", "pointwise-dpo"):
         for i, name in enumerate(("reward_positive", "reward_negative")):
             assert log[0][name] == pytest.approx(sum(rewards[i] for _, rewards in losses) / 3, rel=1e-3)
-    if method == "sft":  # which reads no reference
-        assert log[0]["reward_positive"] is None
 
 def test_reward_auc_is_against_the_initial_model_or_the_reference(finished, run, small):
     results, out = finished
@@ -340,14 +285,6 @@ def test_reward_auc_is_against_the_initial_model_or_the_reference(finished, run,
     assert again == pytest.approx(results["after"])
     assert run("--eval-only", "--model", out)[0]["eval"]["reward_auc"] is None
 
-def test_a_line_of_the_log_is_the_mean_since_the_last(finished, run):
-    flags = "--method", "pointwise-dpo", "--epochs", 8, "--save-steps", 1, "--seed"
-    steps, other = (read(run(*flags, seed)[1] / "log.jsonl") for seed in (0, 1))
-    assert steps[0]["loss"] != other[0]["loss"]
-    for line, last in zip(read(finished[1] / "log.jsonl"), (0, 10, 20)):
-        losses = [step["loss"] for step in steps[last:line["step"]]]
-        assert line["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
-
 def test_with_a_reference_of_its_own_training_starts_elsewhere(watched, finished, small, monkeypatch):
     alive, original = weakref.WeakSet(), ulma.load_model
     def load_model(*arguments):
@@ -357,79 +294,42 @@ def test_with_a_reference_of_its_own_training_starts_elsewhere(watched, finished
     monkeypatch.setattr(ulma, "load_model", load_model)
     flags = "--method", "pointwise-dpo", "--gradient-checkpointing", "--reference", small / "model"
     steps, _, results = watched("--model", finished[1], *flags)
-    expected = gradient("pointwise-dpo", read_model(finished[1]), read_model(small / "model"))
+    loss, _ = naive_loss("pointwise-dpo", model := read_model(finished[1]), read_model(small / "model"))
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
     assert (steps[0][1] - expected).norm() < 1e-3 * expected.norm()
     assert results["before"] == pytest.approx(finished[0]["after"])
 
-def test_the_reference_scores_the_rows_trained_on_once_if_it_is_needed(run, monkeypatch, small):
-    seen, original = [], ulma.all_logps
-    monkeypatch.setattr(ulma, "all_logps", lambda model, rows, args, title: (
-        seen.append((title, [row.label for row in rows])), original(model, rows, args, title))[1])
-    for flags, trained in ((["ulma"], [3, 7]), (["dpo"], [3, 7]), (["sft"], [0, 0]),
-                           (["sft", "--reference", small / "model"], [3, 0])):
-        _, out = run("--method", *flags)
-        counts = [[labels.count(1), labels.count(0)] for title, labels in seen if "ref" in title]
-        assert counts == [trained, [1, 2]]  # the rows trained on, and the test rows
-        assert (read(out / "log.jsonl")[0]["reward_positive"] is None) == (trained == [0, 0])
-        seen.clear()
-
-@pytest.mark.parametrize("method", ["ulma", "pointwise-dpo", "dpo"])
-def test_fine_grained_training_counts_edits_and_evaluation_all(watched, small, tmp_path, monkeypatch, method):
-    texts = ("4567", "4967"), ("45", "4589"), ("456", "46")  # a digit is a token; the last removes none
-    pairs = [dict(prompt=f"Question {i}?", chosen=a, rejected=b) for i, (a, b) in enumerate(texts)]
-    rows = [point(i, completion=pair["chosen"]) for i, pair in enumerate(pairs)]
-    rows += [point(i, 0, completion=texts[i][1], rated=rated) for i, rated in enumerate(([1], [2, 3]))]
-    shutil.copy(write(tmp_path / "train.jsonl", pairs), tmp_path / "test.jsonl")
-    original, counted = ulma.evaluate, []  # tokens, at evaluation, of the rejected responses
-    monkeypatch.setattr(ulma, "evaluate", lambda model, tokenizer, rows, args: counted.extend(
-        sum(row.response_mask) for row in rows[1::2]) or original(model, tokenizer, rows, args))
-    steps, _, _ = watched("--method", method, "--fine-grained", "--data", tmp_path)
-    expected = gradient(method, read_model(small / "model"), read_model(small / "model"), rows)
-    assert (steps[0][1] - expected).norm() < 1e-3 * expected.norm() and counted == [5, 5, 3] * 2
-
-def test_bfloat16_arithmetic_stays_near_float32(run, small):
-    start, one, two = (flat(weights(folder)) for folder in (small / "model", run()[1], run("--bf16")[1]))
-    assert 0 < (one - two).norm() < 0.2 * (one - start).norm()
-
 def test_rewards_start_at_zero_whatever_is_noisy_in_training_mode(run, tmp_path):
-    """Dropout of any name and in any place, and the jitter of a router; these labels are balanced."""
     text = {**TINY, "vocab_size": 768, "attention_dropout": 0.5, "query_pre_attn_scalar": 8}
     vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
     noisy = {"llama": dict(attention_dropout=0.5), "gemma3": dict(text_config=text, vision_config=vision),
              "opt": dict(dropout=0.5, ffn_dim=48, word_embed_proj_dim=32),
              "mixtral": dict(router_jitter_noise=0.1, num_local_experts=4)}
-    data = write(tmp_path / "rows.jsonl", [point(i // 2, i % 2) for i in range(8)])
+    data = write(tmp_path / "rows.jsonl", [point(i // 2, i % 2) for i in range(8)])  # balanced: log Z is 0
     for (name, changes), more in itertools.product(noisy.items(), ([], ["--gradient-checkpointing"])):
         folder = stand_in(tmp_path / name, name, **{**TINY, "vocab_size": 768, **changes})
         _, out = run("--model", folder, "--data", data, "--epochs", 1, "--batch-size", 8, *more)
         [line] = read(out / "log.jsonl")
         assert abs(line["reward_positive"]) < 1e-4 and abs(line["reward_negative"]) < 1e-4, name
 
-def test_checkpointing_runs_each_block_again_and_changes_no_weight(run, monkeypatch):
+def test_checkpointing_runs_each_block_again(run, monkeypatch):
     calls, block = [], transformers.models.llama.modeling_llama.LlamaDecoderLayer
-    original = block.forward
-    monkeypatch.setattr(block, "forward", lambda self, *args, **more: (
-        calls.append(torch.is_grad_enabled()), original(self, *args, **more))[1])
-    ends = [flat(weights(run(*more)[1])) for more in ([], ["--gradient-checkpointing"])]
-    assert torch.equal(*ends) and sum(calls) == (1 + 2) * 2 * 6  # passes, blocks, steps
+    monkeypatch.setattr(block, "forward", lambda *args, original=block.forward, **more: (
+        calls.append(torch.is_grad_enabled()), original(*args, **more))[1])
+    assert run("--gradient-checkpointing") and sum(calls) == 2 * 2 * 6  # passes, blocks, steps
 
 # ---- Data --------------------------------------------------------------------------------------------------
 def load(data, tokenizer=None, **options):
     return ulma.load_rows(ulma.Options(data=str(data), **options), tokenizer or TOKENIZER)
-
 def parse(*records, tokenizer=TOKENIZER, **options):
     return ulma.parse(list(records), "train", ulma.Options(**options), tokenizer)
 
-def texts(rows):
-    return [(row.prompt, row.completion, row.label) for row in rows]
+def texts(rows): return [(row.prompt, row.completion, row.label) for row in rows]
 
-def decoded(rows, tokenizer):
-    """What the tokens say: [(prompt, response)]."""
-    return [tuple(tokenizer.decode(row.input_ids[mask]) for mask in (~row.response_mask, row.response_mask))
-            for row in rows]
+def halves(row): return row.input_ids[~row.response_mask], row.input_ids[row.response_mask]
+def decoded(rows, tokenizer): return [tuple(map(tokenizer.decode, halves(row))) for row in rows]
 
 PROMPT = "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Bye\n\nAssistant:"
-
 def test_a_pair_becomes_two_pointwise_rows():
     for before, opening in ((PROMPT, ""), (None, PROMPT)):  # as in HH-RLHF
         record = {"prompt": before, "chosen": f"{opening} Good.", "rejected": opening}
@@ -438,8 +338,6 @@ def test_a_pair_becomes_two_pointwise_rows():
 # Chat templates by what sets them apart: the end of a turn, and what comes before and after it.
 CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-MISTRAL = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
-           "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}")
 PHI3 = ("{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}")
 GEMMA = ("{{ bos_token }}{% for m in messages %}<turn>{{ m.role }}\n{{ m.content | trim }}<eot>\n{% endfor %}"
@@ -461,7 +359,6 @@ def chat_tokenizer(template, bos=None, eos="<|im_end|>"):
         tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)])
     return tokenizer
-
 def chat(*contents):
     return [dict(role=("user", "assistant")[i % 2], content=text) for i, text in enumerate(contents)]
 
@@ -470,11 +367,9 @@ OPENING = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello!<|im_end
 OPENING += "<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n"
 
 CHATML_BYE = OPENING[OPENING.rindex("<|im_start|>user"):]
-
 @pytest.mark.parametrize("template, bos, eos, opening, ending", [
     (CHATML, None, "<|im_end|>", CHATML_BYE, "Good.<|im_end|>"),
     (CHATML, None, "<eos>", CHATML_BYE, "Good.<|im_end|>"),
-    (MISTRAL, "<s>", "</s>", "<s>[INST] Bye [/INST]", " Good.</s>"),
     (PHI3, None, "<eos>", "<|user|>\nBye<|end|>\n<|assistant|>\n", "Good.<|end|>"),
     (GEMMA, "<bos>", "<eos>", "<bos><turn>user\nBye<eot>\n<turn>assistant\n", "Good.<eot>"),
     (PLAIN, None, "<eos>", "user: Bye\n", "assistant: Good.<eos>")])
@@ -483,11 +378,10 @@ def test_tokens_are_those_of_the_template_up_to_the_end_of_the_turn(template, bo
     rows = parse({"prompt": chat("Bye"), "completion": GOOD, "label": 1}, tokenizer=tokenizer)
     assert decoded(rows, tokenizer) == [(opening, ending)]
     deployed = tokenizer.apply_chat_template(chat("Bye"), add_generation_prompt=True, return_dict=False)
-    assert rows[0].input_ids[~rows[0].response_mask].tolist() == deployed
+    assert halves(rows[0])[0].tolist() == deployed
 
 PARTS = [{**m, "content": [{"type": "text", "text": text} for text in m["content"]], "tool_calls": None}
          for m in CHAT]
-
 @pytest.mark.parametrize("record", [
     {"prompt": CHAT, "chosen": GOOD, "rejected": BAD}, {"chosen": CHAT + GOOD, "rejected": CHAT + BAD},
     {"prompt": CHAT, "chosen": CHAT + GOOD, "rejected": CHAT + BAD},
@@ -513,7 +407,6 @@ def test_tools_reach_the_prompt_and_calls_the_response():
     assert response == 'weather {"at": "Rome"}<|im_end|>'
 
 CALL = {"function": {"name": "weather", "arguments": '{"at": "Rome"}'}}
-
 @pytest.mark.parametrize("template, record, told", [
     (THINKING, answer(), "ends prompts with '<think>\\n', but before this response writes 'x<|im_end|>"),
     (FORGETFUL, answer(content="<think>Why?</think>Yes."), "leaves out or changes '<think>Why?"),
@@ -521,7 +414,7 @@ CALL = {"function": {"name": "weather", "arguments": '{"at": "Rome"}'}}
     (CHATML, answer(tool_calls=[CALL]), "leaves out or changes 'weather'"),
     (CALLING, answer(tool_calls=[CALL]), "leaves out or changes '{\"at"),  # it quotes a text, not an object
     (CHATML, answer() | {"tools": [{"type": "function"}]}, "leaves out the tools"),
-    (CHATML, {"prompt": "Hi", "completion": "x", "label": 1, "tools": [{}]}, "the column tools would be left out"),
+    (CHATML, {**point(1), "tools": [{}]}, "the column tools would be left out"),
     (CHATML, {**answer(), "system": "Be brief."}, "the column system would be left out"),
     (CHATML, answer(content=[{"type": "image", "url": "x"}]), "a message's content is"),
     (CHATML, answer(content=5), "content is 5"), (CHATML, answer(role="user"), "one answer of the assistant"),
@@ -539,15 +432,13 @@ def test_files_folders_and_formats_hold_the_same_rows(tmp_path):
     rows = [point(i, i % 2) for i in range(20)]
     for file in ("rows.jsonl", "folder/one/train.jsonl", "folder/two/train.jsonl"):
         write(tmp_path / file, rows)
-    card = "---\nconfigs:\n- config_name: default\n  sep: ';'\n  data_files: rows.csv\n---\n"
-    write(tmp_path / "card" / "README.md", []).write_text(card)
+    write(tmp_path / "card" / "README.md", []).write_text(
+        "---\nconfigs:\n- config_name: default\n  sep: ';'\n  data_files: rows.csv\n---\n")
     for file, sep in (("rows.csv", ","), ("rows.tsv", "\t"), ("card/rows.csv", ";")):
         datasets.Dataset.from_list(rows).to_csv(tmp_path / file, sep=sep)
     expected = [texts(part) for part in load(tmp_path / "rows.jsonl")]
     for file, folder in (("folder", "two"), ("rows.csv", None), ("rows.tsv", None), ("card", None)):
         assert expected == [texts(part) for part in load(tmp_path / file, data_dir=folder)]
-    write(tmp_path / "rows.jsonl", rows[:9])  # an edited file is read anew
-    assert len(sum(load(tmp_path / "rows.jsonl"), [])) == 9
 
 def test_splits_serve_by_how_their_names_start_and_several_of_a_kind_are_told(tmp_path):
     def prompts(*splits, **options):
@@ -574,9 +465,9 @@ def test_a_data_set_from_the_hub_is_read_by_name_and_its_rows_named(monkeypatch)
 
 def test_without_a_test_split_a_seeded_tenth_of_the_prompts_is_held_out(tmp_path):
     path = write(tmp_path / "rows.jsonl", [point(i % 50, label=i % 2) for i in range(200)])
-    (train_rows, test_rows), again, other = load(path), load(path), load(path, seed=1)
-    train_prompts, test_prompts = ({row.prompt for row in part} for part in (train_rows, test_rows))
-    assert len(train_prompts) == 45 and len(test_prompts) == 5 and not train_prompts & test_prompts
+    (_, test_rows), again, other = load(path), load(path), load(path, seed=1)
+    train, test = ({row.prompt for row in part} for part in again)
+    assert len(train) == 45 and len(test) == 5 and not train & test
     assert texts(again[1]) == texts(test_rows) != texts(other[1])
 
 def words(opens=False, closes=False):
@@ -588,13 +479,11 @@ def words(opens=False, closes=False):
         single=["<bos>"] * opens + ["$A"] + ["<eos>"] * closes, special_tokens=[("<bos>", 1), ("<eos>", 2)])
     return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>",
                                                 **{"bos_token": "<bos>"} if opens else {})
-
 def tokenized(prompt, *completions, tokenizer, max_length=9):
     """The (prompt, response) tokens that each of the completions of a prompt gets."""
     records = [{"prompt": prompt, "chosen": text, "rejected": text} for text in completions]
     rows = parse(*records, tokenizer=tokenizer, max_length=max_length)[::2]
-    return [tuple(row.input_ids[mask].tolist() for mask in (~row.response_mask, row.response_mask))
-            for row in rows]
+    return [tuple(ids.tolist() for ids in halves(row)) for row in rows]
 
 @pytest.mark.parametrize("max_length, prompt, response", [
     (8, [10, 11, 12, 13], [20, 21, 22, 2]), (7, [11, 12, 13], [20, 21, 22, 2]), (5, [12, 13], [20, 21, 22]),
@@ -630,9 +519,8 @@ def test_batches_hold_every_item_once_in_seeded_order_alike_in_length():
     rng = random.Random(0)
     items = [(row(i, rng.randrange(5, 500)),) for i in range(1003)]
     batches, again, other = (ulma.bucketed_batches(items, 8, random.Random(seed)) for seed in (1, 1, 2))
-    assert batches == again != other
+    assert batches == again != other and sorted(map(len, batches)) == [3] + [8] * 125
     assert sorted(int(item[0].prompt) for batch in batches for item in batch) == list(range(1003))
-    assert sorted(map(len, batches)) == [3] + [8] * 125
     padded = sum(len(batch) * max(len(item[0].input_ids) for item in batch) for batch in batches)
     assert padded < 1.1 * sum(len(item[0].input_ids) for item in items)
 
@@ -654,23 +542,19 @@ def test_of_a_rejected_response_the_tokens_count_that_the_edit_removed(rejected,
 def test_reward_auc_is_the_share_of_pairs_in_order_with_ties_a_half():
     def auc(scores, labels):
         return concordance(torch.tensor(scores), torch.tensor(labels))
-    assert auc([3.0, 2.0, 1.0], [1, 1, 0]) == 1 and auc([1.0, 2.0], [1, 0]) == 0
-    assert auc([1.0, 1.0], [1, 0]) == 0.5
-    assert auc([1.0, 3.0, 2.0, 2.0], [1.0, 0.5, 0.5, 0.0]) == (0 + 0 + 0 + 1 + 0.5) / 5  # of unequal labels
-    assert auc([1.0, 2.0], [1, 1]) is None
+    assert (auc([3.0, 2.0, 1.0], [1, 1, 0]), auc([1.0, 2.0], [1, 0]), auc([1.0, 1.0], [1, 0])) == (1, 0, 0.5)
+    assert auc([1.0, 3.0, 2.0, 2.0], [1.0, 0.5, 0.5, 0.0]) == 1.5 / 5 and auc([1.0, 2.0], [1, 1]) is None
 
 def test_exact_match_counts_the_completions_that_are_references(run, tmp_path, monkeypatch):
     answers = {"Question 0?": " Yes.", "Question 1?": "Yes. ", "Question 2?": " No."}
-    rows = [{"prompt": p, "completion": " Yes.", "label": i % 2, "references": [" Yes.", " Sure."],
-             "group": "ab"[i // 2]} for i, p in enumerate(answers)]
+    rows = [point(i, i % 2, references=[" Yes.", " Sure."], group="ab"[i // 2]) for i in range(3)]
     def generate(model, input_ids, **_):
         prompts = TOKENIZER.batch_decode(input_ids, skip_special_tokens=True)
         added = TOKENIZER([answers[p.strip()] for p in prompts for _ in range(ulma.SAMPLES)], padding=True)
         return torch.cat([input_ids.repeat_interleave(ulma.SAMPLES, 0), torch.tensor(added.input_ids)], 1)
     monkeypatch.setattr(transformers.GenerationMixin, "generate", generate)
     metrics = run("--eval-only", "--data", write(tmp_path / "test.jsonl", rows).parent)[0]["eval"]
-    assert metrics["exact_match"] == pytest.approx(2 / 3)
-    assert metrics["exact_match/a"] == 1 and metrics["exact_match/b"] == 0
+    assert [metrics["exact_match" + name] for name in ("", "/a", "/b")] == pytest.approx([2 / 3, 1, 0])
 
 def test_samples_come_from_the_policy_whatever_the_models_own_settings_which_stay(run, small, tmp_path):
     plain = (run("--eval-only")[1] / "samples.jsonl").read_text()
@@ -697,17 +581,17 @@ def test_rows_end_alike_as_texts_and_through_a_template_whose_turns_end_otherwis
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, end] if named else None
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    rows = read(HERE / "data" / "test.jsonl")[:80]
+    texts, ends = read(HERE / "data" / "test.jsonl")[:80], []
     chats = [{**row, "prompt": chat(row["prompt"]), "completion": chat("", row["completion"])[1:]}
-             for row in rows]
-    def evaluated(model, records):
-        flags = "--max-length", 128, "--model", model, "--data", write(tmp_path / "rows.jsonl", records)
-        return run("--eval-only", *flags)[0]["eval"]
-    one, other = evaluated(HERE / "data" / "base", rows), evaluated(tmp_path / "model", chats)
+             for row in texts]
+    for rows, model in ((texts, HERE / "data" / "base"), (chats, tmp_path / "model")):
+        flags = "--model", model, "--data", write(tmp_path / "rows.jsonl", rows), "--max-length", 128
+        ends.append(run("--eval-only", *flags)[0]["eval"])
+    one, other = ends
     assert other["perplexity"] == pytest.approx(one["perplexity"], rel=1e-3)
     assert other["exact_match"] == pytest.approx(one["exact_match"], abs=0.12) and one["exact_match"] > 0.15
 
-# ---- Models, and mistakes ----------------------------------------------------------------------------------
+# ---- Models, mistakes, LoRA --------------------------------------------------------------------------------
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_a_model_in_bfloat16_shards_is_trained_and_saved_in_float32(run, tmp_path, name, tied):
@@ -717,22 +601,22 @@ def test_a_model_in_bfloat16_shards_is_trained_and_saved_in_float32(run, tmp_pat
     assert len(list(folder.glob("model-*.safetensors"))) > 1
     _, out = run("--model", folder)
     before, after = weights(folder), weights(out)
-    assert before.keys() == after.keys() and all(value.isfinite().all() for value in after.values())
-    assert any(not torch.equal(before[key], after[key]) for key in before)
+    assert before.keys() == after.keys() and 0 < (flat(after) - flat(before)).abs().max() < 1
     assert AutoModelForCausalLM.from_pretrained(out, dtype="auto").dtype == torch.float32
     assert AutoTokenizer.from_pretrained(out).pad_token is None  # as it was
 
 def without_a_head(folder):
     tiny("llama", vocab_size=768, tie_word_embeddings=False).model.save_pretrained(folder)
     TOKENIZER.save_pretrained(folder)
-
 def pickled(folder):
-    stand_in(folder)
-    for file in folder.glob("*.safetensors*"):
-        file.unlink()
-    torch.save(tiny("llama", vocab_size=768).state_dict(), folder / "pytorch_model.bin")
+    for file in stand_in(folder).glob("*.safetensors*"):
+        file.rename(file.with_suffix(".bin"))
+
+def of_other_words(folder):
+    stand_in(folder, tokenizer=words(opens=True), vocab_size=768)
 
 @pytest.mark.parametrize("make, told", [
+    (of_other_words, "its tokenizer is not that of --model"),
     (lambda folder: stand_in(folder, "bert", hidden_size=32, num_attention_heads=2), "decoder-only"),
     (without_a_head, "lm_head.weight"), (pickled, "safetensors"), (Path.mkdir, "tokenizer"),
     (lambda folder: stand_in(folder, rms_norm_eps=math.nan), "not finite"),
@@ -741,35 +625,26 @@ def pickled(folder):
     (lambda folder: stand_in(folder, max_position_embeddings=32), "it takes 32 tokens")])
 def test_a_model_that_cannot_be_trained_is_refused(run, tmp_path, capsys, make, told):
     make(tmp_path / "model")
-    assert told in error_of(capsys, run, "--model", tmp_path / "model")
+    flag = "--reference" if make is of_other_words else "--model"
+    assert told in error_of(capsys, run, flag, tmp_path / "model")
 
-def test_a_reference_of_another_vocabulary_is_refused(run, tmp_path, capsys):
-    tokenizer = words()
-    tokenizer.pad_token = "<eos>"
-    other = stand_in(tmp_path / "other", tokenizer=tokenizer, vocab_size=768)
-    assert "not that of --model" in error_of(capsys, run, "--reference", other)
-
-LINE = json.dumps(point(1))
-
+LINE, HALF = json.dumps(point(1)), '{"chosen": "Hi", "rejected": "\\n\\nAssistant: x"}'
 @pytest.mark.parametrize("flags, told", [
     (("--beta", "0"), "--beta"), (("--max-length", "1"), "--max-length"), (("--log-z", "much"), "--log-z"),
     (("--data", "nowhere"), "nowhere"), (("--model", "nowhere"), "nowhere"), (("--methd", "sft"), "--methd"),
     (("--data", __file__), "test_ulma"), (("--data-dir", "x"), "x"), (("--output-dir", f"{__file__}/x"), "x"),
     (("--output-dir", "", "--save-steps", "9"), "--save-steps"), (("--fine-grained",), "needs pairs"),
     (("--output-dir", HERE), "neither new"), (("--balanced", "--method", "dpo"), "--balanced"),
-    (("--splits", "train_x"), "train_x"),
-    *((("--data", text), told) for text, told in (
+    (("--splits", "train_x"), "train_x"), *((("--data", text), told) for text, told in (
         (LINE[:-9], "rows count from 0"), (f"{LINE}\n{LINE[:-9]}", "row 1"), ("", "is empty"),
-        (LINE.replace("Answer", "\xe9"), "utf-8"),
-        (LINE.replace("prompt", "promt"), "no prompt"),
+        (LINE.replace("Answer", "\xe9"), "utf-8"), (LINE.replace("prompt", "promt"), "no prompt"),
         (LINE.replace("label", "lable"), "it has prompt, completion, lable; needed are prompt"),
         (f'{LINE}\n{LINE.replace(": 1}", ": 2}")}', "train row 2: the label is 2"),
         (LINE.replace(": 1}", ": 0.5}"), "--continuous"), (LINE.replace(": 1}", ': "1"}'), "label is '1'"),
         (LINE.replace(" Answer 1.", ""), "no completion"), (LINE.replace("Question 1?", ""), "no prompt"),
         (LINE.replace('" Answer 1."', "5"), "train row 1: 5 was read, not a text"),
         (LINE.replace(" Answer 1.", "2024-01-31"), "datetime(2024, 1, 31, 0, 0)'} was read, not a text"),
-        (json.dumps(point(1, references="Yes.")), "a list of texts"),
-        ('{"chosen": "Hi", "rejected": "\\n\\nAssistant: x"}', "Assistant:"),
+        (json.dumps(point(1, references="Yes.")), "a list of texts"), (HALF, "Assistant:"),
         (json.dumps({"prompt": CHAT, "completion": chat("", "Good.")[1:], "label": 1}), "chat_template"),
         ("\n".join([LINE, json.dumps(point(2))]), "from 1 rows of label 1 and 0 others"),
         ("\n".join([LINE] * 9), "0 others (dpo: on one prompt), beside 9 test rows")))])
@@ -789,8 +664,8 @@ def test_a_model_that_breaks_is_told_and_never_replaces_a_checkpoint(run, capsys
     clip, calls = torch.nn.utils.clip_grad_norm_, itertools.count(1)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, bound: (
         clip(parameters, bound) * (math.nan if next(calls) == 4 else 1)))
-    told = error_of(capsys, run, "--save-steps", 2, "--output-dir", tmp_path / "out")
-    assert "not finite at step 4" in told
+    flags = "--save-steps", 2, "--output-dir", tmp_path / "out"
+    assert "not finite at step 4" in error_of(capsys, run, *flags)
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
     monkeypatch.undo()
     assert "--learning-rate" in error_of(capsys, run, "--learning-rate", 1e30)
@@ -800,7 +675,6 @@ def test_ctrl_c_and_a_full_memory_are_told_in_one_line(run, capsys, monkeypatch)
         monkeypatch.setattr(ulma, "batch_losses", lambda *_: (_ for _ in ()).throw(error))
         assert told in error_of(capsys, run)
 
-# ---- LoRA and devices --------------------------------------------------------------------------------------
 def test_lora_trains_adapters_alone_and_saves_the_merged_model(run, small, monkeypatch):
     pytest.importorskip("peft")
     models, load_model, saved, save = [], ulma.load_model, [], torch.save
@@ -820,29 +694,26 @@ def test_lora_trains_adapters_alone_and_saves_the_merged_model(run, small, monke
     assert results["after"]["perplexity"] < 0.9 * results["before"]["perplexity"]
 
 DEVICE = """
-import collections, json, os, sys, traceback
-import torch
+import collections, json, sys, traceback
+import torch, ulma
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
-import ulma
-_setup_privateuseone_for_python_backend("pretend")
+from torch.utils import _pytree, _python_dispatch, backend_registration
+backend_registration._setup_privateuseone_for_python_backend("pretend")
 torch.get_device_module("pretend").get_amp_supported_dtype = lambda: [torch.bfloat16]
 torch.__future__.set_overwrite_module_params_on_conversion(True)
 device, waits = FakeTensorMode(), collections.Counter()
-class Pretend(TorchDispatchMode):
+def to_fake(x):
+    return device.from_tensor(x) if type(x) in (torch.Tensor, torch.nn.Parameter) else x
+class Pretend(_python_dispatch.TorchDispatchMode):
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        leaves = tree_leaves((args, kwargs))
+        leaves = _pytree.tree_leaves((args, kwargs))
         if not any(isinstance(x, FakeTensor) or getattr(x, "type", 0) == "pretend" for x in leaves):
             return op(*args, **kwargs or {})
         if op is torch.ops.aten._local_scalar_dense.default:  # the CPU waits for a number
-            frames = [frame for frame in traceback.extract_stack() if "/lib/" not in frame.filename]
-            waits[frames[-2].name] += 1
+            waits[[f for f in traceback.extract_stack() if "/lib/" not in f.filename][-2].name] += 1
             return 0.5
-        to_fake = lambda x: device.from_tensor(x) if type(x) in (torch.Tensor, torch.nn.Parameter) else x
         with device:
-            return op(*tree_map(to_fake, args), **kwargs or {})
+            return op(*_pytree.tree_map(to_fake, args), **kwargs or {})
 ulma.sample = lambda model, tokenizer, rows, args: [["x"]] * len(rows)
 ulma.save_model = lambda *_: None
 with Pretend():
@@ -851,18 +722,12 @@ print(json.dumps(waits))
 """
 
 def test_on_a_device_without_data_training_waits_only_where_it_logs(small, tmp_path):
-    flags = "--method", "pointwise-dpo", "--gradient-checkpointing", "--save-steps", 0
+    flags = "--method", "pointwise-dpo", "--gradient-checkpointing", "--save-steps", 0, "--epochs", 4
     process = begin(small, tmp_path / "out", *flags, script=("-c", DEVICE), stdout=subprocess.PIPE)
-    output, error = process.communicate()
-    assert process.returncode == 0, error
-    waits = json.loads(output.splitlines()[-1])  # the rows scored; rewards and labels; 4 lines of the log
-    assert waits == {"<lambda>": 10 + 3 * 3, "<listcomp>": 2 * 8 * 10, "train": 2 * 4}
+    waits = json.loads(process.communicate()[0].splitlines()[-1])  # rows scored; rewards, labels; 2 lines
+    assert waits == {"<lambda>": 10 + 3 * 3, "<listcomp>": 2 * 4 * 10, "train": 2 * 2}
 
-def test_without_peft_lora_is_refused_in_one_line(run, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "peft", None)
-    assert "peft" in error_of(capsys, run, "--lora", 2)
-
-# ---- Interruptions, and several processes ------------------------------------------------------------------
+# ---- Interruptions, several processes, and what the README says --------------------------------------------
 TORCHRUN = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
 
 def begin(small, out, *flags, launcher=(), script=("ulma.py",), stdout=subprocess.DEVNULL):
@@ -872,23 +737,17 @@ def begin(small, out, *flags, launcher=(), script=("ulma.py",), stdout=subproces
                "--save-steps", 3, "--output-dir", out, *flags]
     return subprocess.Popen([*map(str, command)], cwd=HERE, stderr=subprocess.PIPE, text=True,
                             stdout=stdout, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
 def end(*processes):
     for process in processes:
-        _, error = process.communicate()
-        assert process.returncode == 0, error
-
+        assert process.communicate() and process.returncode == 0, process.args
 def wait_for(condition, process):
-    while not condition():
-        assert process.poll() is None, process.communicate()
+    while not condition() and process.poll() is None:
         time.sleep(0.01)
-
 def figures(out):
     """What equal runs have in common: the log, but for times and steps done twice, and the metrics."""
     metrics = json.loads((out / "metrics.json").read_text())
     log = {line["step"]: {**line, "tokens_per_second": 0} for line in read(out / "log.jsonl")}
     return list(log.values()), metrics["before"], metrics["after"]
-
 def same(one, other):
     mine, yours = weights(one), weights(other)
     assert all(torch.equal(mine[name], yours[name]) for name in mine) and figures(one) == figures(other)
@@ -968,11 +827,9 @@ def test_a_checkpoint_of_other_data_or_processes_or_with_code_is_refused(stopped
     file.rename(file.with_name("1-of-2.pt"))
     assert "0-of-1.pt" in error_of(capsys, run, *flags)
 
-# ---- What the README says ----------------------------------------------------------------------------------
 def test_the_readmes_command_aligns_the_embedded_model(tmp_path):
     command = [sys.executable, "ulma.py", "--method", "ulma", "--output-dir", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "out" / "metrics.json").read_text())
     before, after = results["before"], results["after"]
     assert 0.20 < before["exact_match"] < 0.35 and after["exact_match"] >= 0.8

@@ -698,8 +698,8 @@ def run(args):
     model = load_model(args.reference or args.model, args, tokenizer)
     write(started, [json.dumps(asdict(args), indent=2)])
     trained = list(dict.fromkeys(rows_of(items))) if args.reference or args.method != "sft" else []
-    start = time.perf_counter()
-    for part in (trained, test_rows if args.reference or items else []):
+    for part in (test_rows if args.reference or items else [], trained):
+        start = time.perf_counter()
         for row, logp in zip(part, all_logps(model, part, args, "log π_ref")):
             row.ref_logp = logp
     seconds = time.perf_counter() - start
