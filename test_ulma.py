@@ -372,7 +372,7 @@ CHATML_BYE = OPENING[OPENING.rindex("<|im_start|>user"):]
     (CHATML, None, "<eos>", CHATML_BYE, "Good.<|im_end|>"),
     (PHI3, None, "<eos>", "<|user|>\nBye<|end|>\n<|assistant|>\n", "Good.<|end|>"),
     (GEMMA, "<bos>", "<eos>", "<bos><turn>user\nBye<eot>\n<turn>assistant\n", "Good.<eot>"),
-    (PLAIN, None, "<eos>", "user: Bye\n", "assistant: Good.<eos>")])
+    (PLAIN, "<s>", "<eos>", "user: Bye\n", "assistant: Good.<eos>")])
 def test_tokens_are_those_of_the_template_up_to_the_end_of_the_turn(template, bos, eos, opening, ending):
     tokenizer = chat_tokenizer(template, bos, eos)
     rows = parse({"prompt": chat("Bye"), "completion": GOOD, "label": 1}, tokenizer=tokenizer)
@@ -513,7 +513,7 @@ def test_bos_appears_once_and_eos_closes_the_response_alone(opens, closes, promp
 
 def row(name, length=1):
     ids = torch.zeros(length)
-    return ulma.Row(str(name), "", 1.0, [], None, None, input_ids=ids, response_mask=ids == 0)
+    return ulma.Row(str(name), "", 1.0, [], None, False, None, input_ids=ids, response_mask=ids == 0)
 
 def test_batches_hold_every_item_once_in_seeded_order_alike_in_length():
     rng = random.Random(0)

@@ -31,12 +31,12 @@ from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gener
 from transformers.hf_argparser import HfArg, HfArgumentParser
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-RANK = int(os.environ.get("RANK", 0))  # the number of this process
+RANK = int(os.environ.get("RANK", 0))  # of this process
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # the number of processes
 progress = partial(tqdm, disable=RANK > 0)
 
 # ---- Losses ----
-# Pure functions of tensors, without reduction; they need torch alone. logps is log π_θ(y|x) and
+# Pure functions of tensors, without reduction. They need torch alone. logps is log π_θ(y|x) and
 # ref_logps is log π_ref(y|x), both in nats; labels is z. All have the same shape, usually (B,).
 
 def implicit_reward(logps, ref_logps, beta=0.1, log_z=0.0):
@@ -93,6 +93,7 @@ class Row:
     label: float  # z: 1 for a demonstration or thumbs-up, 0 for a thumbs-down, or a score
     references: list  # acceptable completions
     group: str  # exact match is also reported per group
+    is_chat: bool  # written by a chat template
     chosen: "Row"  # of the pair, in its rejected row
     input_ids: torch.Tensor = None  # (T,): the prompt, and the response with its end
     response_mask: torch.Tensor = None  # (T,): True on what counts in log π(y|x)
@@ -278,8 +279,8 @@ def evaluate(model, tokenizer, rows, args):
 
 # ---- Data ----
 def load_rows(args, tokenizer):
-    """The training rows and the test rows of --data. Without a split to test on, a tenth of the
-    prompts is held out, but with --eval-only all rows are tested."""
+    """Training rows and test rows of --data. Without a split to test on, a tenth of the prompts is
+    held out, but with --eval-only all rows are tested."""
     with explain(f"--data {args.data} is empty or unreadable (rows count from 0)"):
         splits = read_splits(args)
 
@@ -337,7 +338,7 @@ def parse(records, split, args, tokenizer):
         # A token that spans the boundary belongs to the response.
         shared = len(os.path.commonprefix([prompt, *(row.input_ids for row in group)]))
         prompt = prompt[:shared]
-        if not special.intersection(prompt[:1]):
+        if not group[0].is_chat and prompt[:1] != bos:
             prompt = bos + prompt
         require(prompt, f"the prompt {group[0].prompt[:60]!r} has no token of its own")
         responses = [close(row.input_ids[shared:], special, tokenizer) for row in group]
@@ -357,7 +358,7 @@ def read_record(record, args, tokenizer):
     Messages go through the chat template. Without a prompt, the response is a conversation that
     ends with the answer, or a transcript as in HH-RLHF, where "\\n\\nAssistant:" precedes it.
     """
-    # A table has None where its records differ. Types unknown to JSON fail the check for texts.
+    # A table has None where its records differ; what JSON does not know is no text.
     record = json.loads(json.dumps(record, default=lambda value: {"": repr(value)}),
                         object_hook=lambda d: {key: d[key] for key in d if d[key] is not None})
     rating = "score" if args.continuous and "score" in record else "label"
@@ -386,9 +387,9 @@ def read_record(record, args, tokenizer):
         for column in ("system", "images", "tools")[:3 - is_chat]:
             require(not record.get(column), f"the column {column} would be left out")
         require(z in (0, 1) or args.continuous and type(z) is float and 0 < z < 1,
-                f"the label is {z!r}, not 0 or 1 (or with --continuous between)")
-        chosen = rows[0] if rows else None
-        rows.append(Row(prompt, completion, float(z), references, record.get("group"), chosen))
+                f"the label is {z!r}, not 0 or 1 (--continuous: between)")
+        rows.append(Row(prompt, completion, float(z), references, record.get("group"), is_chat,
+                        chosen=rows[0] if rows else None))
     return rows
 
 def render(record, response, tokenizer):
@@ -631,22 +632,22 @@ class Options:
     reference: str = arg(None, "π_ref, if not --model")
     data: str = arg("data", "a file, a folder or a hub name")
     data_dir: str = arg(None, "the folder within --data")
-    splits: list[str] = arg(None, "to train and test on, if there are several")
+    splits: list[str] = arg(None, "to train and test on, if several")
     output_dir: str = arg(None, "by default a new folder in runs/")
     beta: float = arg(0.1, "β, strength of the KL regulariser; on data/ 3")
     log_z: float = arg(None, "by default prior_log_z(mean label)")
-    continuous: bool = arg(False, "squared-error losses, on the column score")
+    continuous: bool = arg(False, "squared-error losses on the column score")
     balanced: bool = arg(False, "label 1 weighs as much in total as all others")
     fine_grained: bool = arg(False, "push down only what `chosen` does not share")
     learning_rate: float = arg(1e-5, "at its peak; on data/ 3e-4")
     epochs: int = arg(3, "on data/ 5")
-    batch_size: int = arg(16, "rows (or pairs) per forward pass and process")
+    batch_size: int = arg(16, "rows or pairs per forward pass and process")
     gradient_accumulation: int = arg(1, "forward passes per step")
     gradient_checkpointing: bool = arg(False, "less memory, a third more work")
     bf16: bool = arg(torch.cuda.is_available(), "bfloat16 arithmetic")
-    lora: int = arg(0, "the rank of adapters to train (needs peft); 0: all weights")
+    lora: int = arg(0, "rank of adapters to train (needs peft); 0: all weights")
     max_length: int = arg(512, "tokens per row")
-    seed: int = arg(0, "of shuffling, held-out prompts and samples")
+    seed: int = arg(0, "of shuffling, hold-out and samples")
     save_steps: int = arg(0, "steps between checkpoints, to continue from; 0: none")
     eval_only: bool = arg(False, "evaluate --model, and stop")
 
@@ -759,7 +760,7 @@ def main(argv=None):
     except (Mistake, OSError, ImportError) as mistake:
         message = f"error: {mistake}"
     except torch.OutOfMemoryError:
-        message = "error: out of memory; try --gradient-checkpointing or less --batch-size"
+        message = "error: out of memory; try --gradient-checkpointing, less --batch-size"
     except KeyboardInterrupt:
         message = "interrupted; with --save-steps, the same command continues"
     time.sleep(5 * (RANK > 0))  # the first mostly says the same, and its exit ends all
