@@ -477,8 +477,8 @@ def words(opens=False, closes=False):
     backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     backend.post_processor = tokenizers.processors.TemplateProcessing(
         single=["<bos>"] * opens + ["$A"] + ["<eos>"] * closes, special_tokens=[("<bos>", 1), ("<eos>", 2)])
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>",
-                                                **{"bos_token": "<bos>"} if opens else {})
+    special = {"eos_token": "<eos>", "unk_token": "<eos>"} | ({"bos_token": "<bos>"} if opens else {})
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **special)
 def tokenized(prompt, *completions, tokenizer, max_length=9):
     """The (prompt, response) tokens that each of the completions of a prompt gets."""
     records = [{"prompt": prompt, "chosen": text, "rejected": text} for text in completions]
