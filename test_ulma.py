@@ -164,7 +164,6 @@ def stand_in(folder, name="llama", tokenizer=None, dtype=torch.float32, **change
 def read_model(folder): return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 def weights(folder): return read_model(folder).state_dict()
 def flat(state): return torch.cat([value.flatten() for value in state.values()])
-
 RATED = [point(i % 3, int(i % 3 == i // 3), completion=f" Answer {i}{' and more' * (i % 4)}.",
                score=[0.0, 0.3, 1.0][(i + i // 3) % 3]) for i in range(10)]
 @pytest.fixture(scope="session")
@@ -268,6 +267,7 @@ def test_a_steps_gradient_and_log_are_those_of_the_papers_mean_loss(watched, sma
     assert len(steps) == 3 and [line["step"] for line in log] == [3]
     assert log[0]["loss"] == pytest.approx(sum(loss for loss, _ in losses) / 3, rel=1e-4)
     assert log[0]["gradient_norm"] == pytest.approx(expected.norm().item(), rel=1e-3)
+    assert method != "sft" or log[0]["reward_positive"] is None  # it reads no reference
     if method in ("ulma", "pointwise-dpo"):
         for i, name in enumerate(("reward_positive", "reward_negative")):
             assert log[0][name] == pytest.approx(sum(rewards[i] for _, rewards in losses) / 3, rel=1e-3)
@@ -298,6 +298,8 @@ def test_with_a_reference_of_its_own_training_starts_elsewhere(watched, finished
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
     assert (steps[0][1] - expected).norm() < 1e-3 * expected.norm()
     assert results["before"] == pytest.approx(finished[0]["after"])
+    _, log, _ = watched("--method", "sft", *flags[2:])  # which reads it only where it is given
+    assert log[0]["reward_positive"] > 0
 
 def test_rewards_start_at_zero_whatever_is_noisy_in_training_mode(run, tmp_path):
     text = {**TINY, "vocab_size": 768, "attention_dropout": 0.5, "query_pre_attn_scalar": 8}
@@ -328,13 +330,11 @@ def texts(rows): return [(row.prompt, row.completion, row.label) for row in rows
 
 def halves(row): return row.input_ids[~row.response_mask], row.input_ids[row.response_mask]
 def decoded(rows, tokenizer): return [tuple(map(tokenizer.decode, halves(row))) for row in rows]
-
 PROMPT = "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Bye\n\nAssistant:"
 def test_a_pair_becomes_two_pointwise_rows():
     for before, opening in ((PROMPT, ""), (None, PROMPT)):  # as in HH-RLHF
         record = {"prompt": before, "chosen": f"{opening} Good.", "rejected": opening}
         assert texts(parse(record)) == [(PROMPT, " Good.", 1), (PROMPT, "", 0)]
-
 # Chat templates by what sets them apart: the end of a turn, and what comes before and after it.
 CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
@@ -499,8 +499,8 @@ def test_prompts_lose_their_start_and_completions_their_end(capsys, max_length, 
 def test_all_responses_of_a_prompt_get_the_same_part_of_it():
     shorter, longer = tokenized("10 11 12 13 ", "20", "21 22 23", tokenizer=words(), max_length=7)
     assert shorter == ([11, 12, 13], [20, 2]) and longer == ([11, 12, 13], [21, 22, 23, 2])
-    one, other = tokenized("10 1", "1 20", " 21", tokenizer=words())  # a token spans the boundary of one
-    assert one == ([10], [11, 20, 2]) and other == ([10], [0, 21, 2])
+    one, other = tokenized("10 1", " 21", "1 20", tokenizer=words())  # a token spans the boundary of one
+    assert one == ([10], [0, 21, 2]) and other == ([10], [11, 20, 2])
     with pytest.raises(ulma.Mistake, match="no token of its own"):
         tokenized("1", "1 20", tokenizer=words())
 
@@ -584,11 +584,11 @@ def test_rows_end_alike_as_texts_and_through_a_template_whose_turns_end_otherwis
     texts, ends = read(HERE / "data" / "test.jsonl")[:80], []
     chats = [{**row, "prompt": chat(row["prompt"]), "completion": chat("", row["completion"])[1:]}
              for row in texts]
-    for rows, model in ((texts, HERE / "data" / "base"), (chats, tmp_path / "model")):
+    for rows, model in ((texts, HERE / "data" / "base"), (texts if named else chats, tmp_path / "model")):
         flags = "--model", model, "--data", write(tmp_path / "rows.jsonl", rows), "--max-length", 128
         ends.append(run("--eval-only", *flags)[0]["eval"])
     one, other = ends
-    assert other["perplexity"] == pytest.approx(one["perplexity"], rel=1e-3)
+    assert named or other["perplexity"] == pytest.approx(one["perplexity"], rel=1e-3)
     assert other["exact_match"] == pytest.approx(one["exact_match"], abs=0.12) and one["exact_match"] > 0.15
 
 # ---- Models, mistakes, LoRA --------------------------------------------------------------------------------
@@ -627,7 +627,6 @@ def test_a_model_that_cannot_be_trained_is_refused(run, tmp_path, capsys, make, 
     make(tmp_path / "model")
     flag = "--reference" if make is of_other_words else "--model"
     assert told in error_of(capsys, run, flag, tmp_path / "model")
-
 LINE, HALF = json.dumps(point(1)), '{"chosen": "Hi", "rejected": "\\n\\nAssistant: x"}'
 @pytest.mark.parametrize("flags, told", [
     (("--beta", "0"), "--beta"), (("--max-length", "1"), "--max-length"), (("--log-z", "much"), "--log-z"),
@@ -687,6 +686,7 @@ def test_lora_trains_adapters_alone_and_saves_the_merged_model(run, small, monke
     adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert adapters == len(flat(saved[0]["parameters"])) < model.num_parameters() / 4  # in a checkpoint
     changed = {name: after[name] - before[name] for name in before if (before[name] != after[name]).any()}
+    assert run("--lora", 2) and {p.dtype for p in models[1].parameters()} == {torch.float32}
     assert changed.keys() == {name for name in before if "proj" in name}  # all linear layers but the head
     assert {torch.linalg.matrix_rank(change, rtol=1e-3).item() for change in changed.values()} == {2}
     again = run("--eval-only", "--model", out, "--reference", small / "model")[0]["eval"]
