@@ -320,8 +320,8 @@ def read_splits(args):
 def parse(records, split, args, tokenizer):
     """The rows of a split: one per record, or two, chosen and rejected, per pair.
 
-    Over --max-length, all rows of a prompt lose the same part of its start, and then a response its
-    end; half of the length is for each.
+    Over --max-length, all rows of a prompt lose the same part of its start, down to half of the
+    length; then a response loses its end.
     """
     require(records, f"no rows in {split}")
     rows, groups = [], defaultdict(list)
@@ -332,7 +332,8 @@ def parse(records, split, args, tokenizer):
     for row, ids in zip(rows, encode([row.prompt + row.completion for row in rows]).input_ids):
         row.input_ids = ids
         groups[row.prompt].append(row)
-    bos = [number for number in tokenizer("a").input_ids[:1] if number == tokenizer.bos_token_id]
+    bos = tokenizer("a").input_ids[:1]
+    bos = bos if bos == [tokenizer.bos_token_id] else []
     special, cut = special_ids(tokenizer), 0
     for prompt, group in zip(encode(list(groups)).input_ids, groups.values()):
         # A token that spans the boundary belongs to the response.
@@ -358,10 +359,10 @@ def read_record(record, args, tokenizer):
     Messages go through the chat template. Without a prompt, the response is a conversation that
     ends with the answer, or a transcript as in HH-RLHF, where "\\n\\nAssistant:" precedes it.
     """
-    # A table has None where its records differ; what JSON does not know is no text.
+    rating = "score" if args.continuous and "score" in record else "label"
+    # Drops None, as absent; makes what is not JSON a dict, refused below.
     record = json.loads(json.dumps(record, default=lambda value: {"": repr(value)}),
                         object_hook=lambda d: {key: d[key] for key in d if d[key] is not None})
-    rating = "score" if args.continuous and "score" in record else "label"
     if {"chosen", "rejected"} <= record.keys():
         rated = [(record["chosen"], 1), (record["rejected"], 0)]
     else:
@@ -396,8 +397,8 @@ def render(record, response, tokenizer):
     """Prompt and completion by the chat template. The completion is all of the last message."""
     prompt = read_messages(record.get("prompt", []), "user")
     messages = read_messages(response, "assistant")
-    if not all(message in messages for message in prompt):  # else the response holds the prompt
-        messages = (prompt + messages) * (len(messages) == 1)
+    if not all(message in messages for message in prompt):  # else it holds the prompt
+        messages = prompt + messages if len(messages) == 1 else []
     roles = [message["role"] for message in messages]
     require(len(roles) > 1 and roles[-1] == "assistant" != roles[-2],
             "the messages are not a prompt and one answer of the assistant")
@@ -458,13 +459,14 @@ def only_edits(rows):
     return [row for row in rows if row.response_mask.any()]
 
 def training_items(rows, method):
-    """In pair-wise DPO, each positive is paired with each negative of its prompt."""
+    """Pair-wise DPO: the pairs, or each positive with all negatives of its prompt."""
     positives = [row for row in rows if row.label == 1]
     if method == "dpo":
+        pairs = [(row.chosen, row) for row in rows if row.chosen]
         negatives = defaultdict(list)
         for row in rows:
             negatives[row.prompt] += [row] * (row.label != 1)
-        return [(row, other) for row in positives for other in negatives[row.prompt]]
+        return pairs or [(row, other) for row in positives for other in negatives[row.prompt]]
     return [(row,) for row in (positives if method == "sft" else rows)]
 
 def rows_of(items):
@@ -634,10 +636,10 @@ class Options:
     data_dir: str = arg(None, "the folder within --data")
     splits: list[str] = arg(None, "to train and test on, if several")
     output_dir: str = arg(None, "by default a new folder in runs/")
-    beta: float = arg(0.1, "β, strength of the KL regulariser; on data/ 3")
+    beta: float = arg(0.1, "β, of the KL regulariser; on data/ 3")
     log_z: float = arg(None, "by default prior_log_z(mean label)")
     continuous: bool = arg(False, "squared-error losses on the column score")
-    balanced: bool = arg(False, "label 1 weighs as much in total as all others")
+    balanced: bool = arg(False, "label 1 weighs as much as all others")
     fine_grained: bool = arg(False, "push down only what `chosen` does not share")
     learning_rate: float = arg(1e-5, "at its peak; on data/ 3e-4")
     epochs: int = arg(3, "on data/ 5")
@@ -645,11 +647,11 @@ class Options:
     gradient_accumulation: int = arg(1, "forward passes per step")
     gradient_checkpointing: bool = arg(False, "less memory, a third more work")
     bf16: bool = arg(torch.cuda.is_available(), "bfloat16 arithmetic")
-    lora: int = arg(0, "rank of adapters to train (needs peft); 0: all weights")
+    lora: int = arg(0, "rank of adapters (needs peft); 0: all weights")
     max_length: int = arg(512, "tokens per row")
     seed: int = arg(0, "of shuffling, hold-out and samples")
-    save_steps: int = arg(0, "steps between checkpoints, to continue from; 0: none")
-    eval_only: bool = arg(False, "evaluate --model, and stop")
+    save_steps: int = arg(0, "steps between checkpoints; 0: none")
+    eval_only: bool = arg(False, "only evaluate --model")
 
 def read_options(argv):
     parser = HfArgumentParser(Options, description=__doc__.splitlines()[0])
@@ -672,7 +674,8 @@ def run(args):
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         require(tokenizer.eos_token, "its tokenizer has no eos_token")
     rows, test_rows = load_rows(args, tokenizer)
-    rows = only_edits(rows) if args.fine_grained and rows else rows
+    if args.fine_grained and rows:
+        rows = only_edits(rows)
     items = training_items(rows, args.method)
     others = [row.label for row in rows if row.label != 1]
     positives = len(rows) - len(others)
@@ -698,8 +701,8 @@ def run(args):
                 f"--output-dir {out} is neither new nor this command's, unfinished")
     model = load_model(args.reference or args.model, args, tokenizer)
     write(started, [json.dumps(asdict(args), indent=2)])
-    trained = list(dict.fromkeys(rows_of(items))) if args.reference or args.method != "sft" else []
-    for part in (test_rows if args.reference or items else [], trained):
+    needed = list(dict.fromkeys(rows_of(items))) if args.reference or args.method != "sft" else []
+    for part in (test_rows if args.reference or items else [], needed):
         start = time.perf_counter()
         for row, logp in zip(part, all_logps(model, part, args, "log π_ref")):
             row.ref_logp = logp
@@ -774,4 +777,4 @@ if __name__ == "__main__":
     except SystemExit as stop:
         code = stop.code
     sys.stdout.flush()
-    os._exit(code)  # torch may abort while cleaning up
+    os._exit(code)  # torch may abort in cleaning up
