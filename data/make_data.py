@@ -5,7 +5,6 @@
     python data/make_data.py --validation FOLDER   # the training rows split in two, to choose hyper-parameters on
     python data/make_data.py --rows FOLDER         # the rows as in data, elsewhere
     ... --noise 0.2                                # with a FOLDER: a fifth of its demonstrations are bad responses
-    python data/make_data.py --kinds RUN ...       # of runs of ulma.py, how often their completions are of each kind
 
 A prompt asks for help with one of 24 requests (14 harmless, 10 not) about one of 36 things. A harmless request deserves
 advice, a harmful one a refusal. The good completions can be listed, so "is this acceptable?" has an exact answer.
@@ -16,7 +15,6 @@ import json
 import random
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -291,18 +289,11 @@ def noisy(rng, rows, share):
     return rows
 
 
-def show_kinds(folders):
-    """Print how often the last completions of finished runs are of each kind: mean and standard error over the runs."""
-    shares = {kind: [] for kind in [*SCORES, "other"]}
-    for folder in folders:
-        kinds = [kind_of(verb_of(made), noun_of(made), text.strip())
-                 for made in read(folder / "samples.jsonl") for text in list(made.values())[-1]]
-        for kind, values in shares.items():
-            values.append(100 * kinds.count(kind) / len(kinds))
-    acceptable_shares = [full + brief for full, brief in zip(shares["full"], shares["brief"])]
-    for kind, values in {"acceptable": acceptable_shares, **shares}.items():
-        error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.1f}" if len(values) > 1 else ""
-        print(f"{kind:14}{statistics.mean(values):6.1f}{error} %")
+def kind_shares(folder):
+    """Tell how often, in %, the last completions of a finished run are of each kind."""
+    kinds = [kind_of(verb_of(made), noun_of(made), text.strip())
+             for made in read(folder / "samples.jsonl") for text in list(made.values())[-1]]
+    return {kind: 100 * kinds.count(kind) / len(kinds) for kind in [*SCORES, "other"]}
 
 
 def mixture(rng, n):
@@ -382,14 +373,8 @@ def main(argv=None):
     parser.add_argument("--rows-only", action="store_true")
     parser.add_argument("--validation", type=Path, metavar="FOLDER")
     parser.add_argument("--rows", type=Path, metavar="FOLDER")
-    parser.add_argument("--kinds", type=Path, nargs="+", metavar="RUN")
     parser.add_argument("--noise", type=float, default=0.0, metavar="SHARE")
     options = parser.parse_args(argv)
-    for run in options.kinds or []:
-        if not (run / "samples.jsonl").exists():
-            parser.error(f"{run} has no samples.jsonl; name the --output-dir of a finished run")
-    if options.kinds:
-        return show_kinds(options.kinds)
     elsewhere = options.validation or options.rows
     if options.validation and options.rows:
         parser.error("--validation and --rows are two different sets of rows; name one folder")

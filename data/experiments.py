@@ -1,0 +1,300 @@
+"""Run what a table of README.md or of data/experiments.md needs, two runs at a time, and print the table in Markdown.
+
+    python data/experiments.py TABLE              # mean ± standard error over --seed 0 to 4
+    python data/experiments.py TABLE --sweep      # the same, with β and learning rate chosen on validation rows first
+    python data/experiments.py TABLE --weights    # instead, the mean weight of ∇ log π in each epoch (seed 0)
+
+Runs are kept in runs/experiments, named by their flags; what is finished is not run again. Flags beyond ulma.py's:
+
+    --rows KIND       the rows: embedded, edits, pairs, fair or noise-SHARE (make_rows tells)
+    --sft EPOCHS      first this many epochs of SFT; its result is where the method starts, and its reference
+    --log-z running   β log Z is minus the mean of all rewards so far, as in BCO
+    --log-z true      the prompt's own log Z, from 64 completions drawn from the reference (true_log_z tells)
+    --trl LOSS        TRL's KTOTrainer with this loss_type, --weight W its desirable_weight (pip install trl==1.16.0)
+"""
+import argparse, contextlib, functools, io, json, math, multiprocessing, os, random, re, shutil, statistics, sys, tempfile
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+from unittest.mock import patch
+
+import datasets, torch
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import make_data, ulma
+
+RUNS = Path("runs/experiments")
+RATES, BETAS = ["1e-5", "3e-5", "1e-4", "3e-4", "1e-3", "3e-3"], ["0.03", "0.1", "0.3", "1", "3", "10"]
+DRAWS = 64  # completions of a prompt, for its true log Z
+
+ULMA, POINTWISE, SFT = "--method ulma", "--method pointwise-dpo", "--method sft --learning-rate 1e-3"
+BEST, GRADED = "--learning-rate 3e-4 --beta 3", "--continuous --learning-rate 3e-4 --beta 0.1"
+METHODS = {  # β and learning rates are those that the sweep chose
+    "ULMA": f"{ULMA} {BEST}", "point-wise DPO": f"{POINTWISE} {BEST}",
+    "SFT": SFT, "pair-wise DPO": "--method dpo --learning-rate 1e-3 --beta 3",
+    "ULMA, log Z = 0": f"{ULMA} {BEST} --log-z 0",
+    "point-wise DPO, log Z = 0": f"{POINTWISE} {BEST} --log-z 0",
+    "ULMA, continuous": f"{ULMA} {GRADED}",
+    "point-wise DPO, continuous": f"{POINTWISE} {GRADED}",
+    "ULMA, continuous, log Z = 0": f"{ULMA} --continuous --log-z 0 --learning-rate 3e-4 --beta 0.03",
+    "point-wise DPO, continuous, log Z = 0": f"{POINTWISE} --continuous --log-z 0 --learning-rate 3e-4 --beta 0.03",
+}
+LOSSES = ["ULMA", "point-wise DPO", "ULMA, continuous", "point-wise DPO, continuous"]  # that have a log Z
+
+TABLES = {
+    "methods": METHODS,
+    "steps": {
+        "ULMA": METHODS["ULMA"], "SFT": SFT,
+        "SFT, then point-wise DPO": f"{POINTWISE} --sft 5 --learning-rate 1e-4 --beta 10",
+        "the same in as many steps as ULMA": f"{POINTWISE} --sft 6 --epochs 4 --learning-rate 3e-5 --beta 10",
+        "SFT, then pair-wise DPO": "--method dpo --sft 5 --learning-rate 1e-4 --beta 0.03",
+        "this too in as many steps as ULMA": "--method dpo --sft 5 --epochs 25 --learning-rate 3e-5 --beta 10",
+    },
+    "rivals": {
+        "ULMA": METHODS["ULMA"],
+        "KTO": f"--trl kto {BEST}", "KTO, desirable weight 5": f"--trl kto --weight 5 {BEST}",
+        "APO-zero": f"--trl apo_zero_unpaired {BEST}",
+        "APO-zero, desirable weight 5": f"--trl apo_zero_unpaired --weight 5 {BEST}",
+        "BCO": f"{POINTWISE} --log-z running {BEST}", "BCO, balanced": f"{POINTWISE} --log-z running --balanced {BEST}",
+    },
+    "log-z": {f"{name}, log Z {kind}": f"{METHODS[name]} --log-z {kind}"
+              for name in LOSSES for kind in ("running", "true")},
+    "reduction": {f"{name}, balanced{log_z}": f"{METHODS[name]} --balanced{log_z}" for name in LOSSES
+                  for log_z in ("", " --log-z 0")[:1 + ("continuous" in name)]},  # binary: the prior is 0
+    "setting": {z: f"{POINTWISE} --learning-rate 1e-4 --beta 0.1{z}" for z in ("", " --log-z 0", " --balanced")},
+    "fair": {f"{name}, fair scores": f"{METHODS[name]} --rows fair" for name in LOSSES[2:]},
+    "pairs": {"point-wise DPO, the rows of the pairs": f"{POINTWISE} --rows pairs --learning-rate 1e-3 --beta 3"},
+    "edits": {name: f"--method {flags} --rows edits --learning-rate 1e-3" for name, flags in {
+        "ULMA": "ulma --beta 0.1", "ULMA, fine-grained": "ulma --fine-grained --beta 0.3", "SFT": "sft",
+        "point-wise DPO": "pointwise-dpo --beta 0.3",
+        "point-wise DPO, fine-grained": "pointwise-dpo --fine-grained --beta 1"}.items()},
+    "noise": {f"{name}, {share} wrong": f"{flags} --rows noise-{share}" for share in ("0.1", "0.2", "0.4")
+              for name, flags in [("ULMA", f"{ULMA} --learning-rate 3e-4 --beta 1"), ("SFT", SFT),
+                                  ("point-wise DPO", f"{POINTWISE} --learning-rate 3e-4 --beta 1")]},
+}
+
+def make_rows(kind, validation):
+    """Make rows of a kind, or of their validation part, unless they are there. Return their folder."""
+    folder = RUNS / "rows" / (kind + "-validation" * validation)
+    if not folder.exists():
+        noise = kind.partition("noise-")[2] or "0"
+        make_data.main(["--validation" if validation else "--rows", str(folder), "--noise", noise])
+        rows = make_data.read(folder / "train.jsonl")
+        demonstrated = {row["prompt"] for row in rows if row["label"]}
+        if kind == "pairs":
+            rows = [row for row in rows if row["prompt"] in demonstrated]
+        if kind == "fair":  # brief demonstrations are demonstrations, too
+            rows = [{**row, "score": 1.0} if row["label"] else row for row in rows]
+        make_data.write(folder / "train.jsonl", rows)
+    return folder / "edits" if kind == "edits" else folder
+
+def read_flags(flags):
+    """Part the flags of this script from those of ulma.py."""
+    parser = argparse.ArgumentParser()
+    for name, default in {"rows": "embedded", "sft": "", "log-z": "", "trl": "", "weight": "1", "epochs": "5"}.items():
+        parser.add_argument(f"--{name}", default=default)
+    options, others = parser.parse_known_args(flags.split())
+    if options.log_z:
+        others += ["--log-z", "0" if options.log_z in ("running", "true") else options.log_z]
+    return options, [*others, "--epochs", options.epochs]
+
+def folder_of(flags, seed, validation):
+    """The folder of a run, which is (flags, seed, validation): named by its flags, but for those that are as ever."""
+    names = sorted(set(flags.removeprefix("--").split(" --")) - {"epochs 5", "rows embedded"})
+    return RUNS / ("validation" if validation else "test") / f"{', '.join(names)}, seed {seed}"
+
+def stage_one(flags, seed, validation):
+    """The run that a run starts from, if any."""
+    options, _ = read_flags(flags)
+    return (f"{SFT} --epochs {options.sft} --rows {options.rows}", seed, validation) if options.sft else None
+
+@functools.cache
+def describe(prompt, completion):
+    """The type of request, and the kind of completion by the rule."""
+    verb, noun = make_data.verb_of({"prompt": prompt}), make_data.noun_of({"prompt": prompt})
+    return verb, make_data.kind_of(verb, noun, completion.strip())
+
+def class_of(row):
+    """What a training row is, in the table of weights."""
+    verb, kind = describe(row.prompt, row.completion)
+    group = "demonstrated" if verb in make_data.DEMONSTRATED else "undemonstrated"
+    return f"label {row.label:g}, {'acceptable' if kind in ('full', 'brief') else 'not acceptable'}, {group}"
+
+@functools.cache
+def draws():
+    """{prompt: the scores of completions drawn from the base model}, of every training prompt; garbled ones score 0."""
+    path = RUNS / "draws.json"
+    if not path.exists():
+        args = ulma.read_options(["--data", "data", "--batch-size", "8"])
+        tokenizer = ulma.AutoTokenizer.from_pretrained(args.model)
+        rows = list({row.prompt: row for row in ulma.load_rows(args, tokenizer)[0]}.values())
+        with patch("ulma.SAMPLES", DRAWS):
+            drawn = ulma.sample(ulma.load_model(args.model, args, tokenizer), tokenizer, rows, args)
+        path.write_text(json.dumps({row.prompt: [make_data.SCORES.get(describe(row.prompt, text)[1], 0.0) for text in texts]
+                                    for row, texts in zip(rows, drawn)}))
+    return json.loads(path.read_text())
+
+@functools.cache
+def true_log_z(prompt, beta, continuous):
+    """log Z(x) = log E exp(score / β); of labels, logit(share of acceptable draws) / β, half a draw added to either side."""
+    scores = torch.tensor(draws()[prompt])
+    if continuous:
+        return (torch.logsumexp(scores / beta, 0) - math.log(DRAWS)).item()
+    return torch.logit(((scores >= 0.8).sum() + 0.5) / (DRAWS + 1)).item() / beta
+
+def execute(run):
+    """Train and evaluate, in a process of the pool."""
+    flags, seed, validation = run
+    options, argv = read_flags(flags)
+    out, weights, quiet = folder_of(*run), {}, io.StringIO()
+    shutil.rmtree(out, ignore_errors=True)
+    argv += ["--data", str(make_rows(options.rows, validation)), "--seed", str(seed), "--output-dir", str(out)]
+    if options.sft:
+        argv += ["--model", str(folder_of(*stage_one(*run)))]
+    torch.set_flush_denormal(True)  # as ulma.main does
+    with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet), tempfile.TemporaryDirectory() as model:
+        if options.trl:
+            train_by_trl(options, argv, model)
+            argv = [*argv[argv.index("--data"):], "--eval-only", "--model", model, "--reference", "data/base"]
+            ulma.run(ulma.read_options(argv))
+        else:
+            weights = train(options, ulma.read_options(argv))
+    (out / "weights.json").write_text(json.dumps(weights))
+
+def train(options, args):
+    """Run ulma.py with the log Z asked for. Returns the mean weight of ∇ log π in each epoch, by class of rows."""
+    seen, logps, weights = [], [], defaultdict(list)
+    batch_logps, batch_losses = ulma.batch_logps, ulma.batch_losses
+
+    def keep_logps(model, rows, args):
+        logps[:] = [batch_logps(model, rows, args)]
+        return logps[0]
+
+    def watch_losses(model, items, args):
+        rows = ulma.rows_of(items)
+        if options.log_z == "running":  # up to the batch before
+            args = replace(args, log_z=-(ulma.mean(seen) or 0.0) / args.beta)
+        elif options.log_z == "true":
+            values = [true_log_z(row.prompt, args.beta, args.continuous) for row in rows]
+            args = replace(args, log_z=torch.tensor(values))
+        losses, rewards, labels = batch_losses(model, items, args)
+        seen.extend((rewards - args.beta * args.log_z).tolist())
+        [gradient] = torch.autograd.grad(losses.sum(), logps, retain_graph=True)
+        for row, value in zip(rows, gradient.tolist()):
+            weights[class_of(row)].append(-value)
+        return losses, rewards, labels
+
+    with patch("ulma.batch_logps", keep_logps), patch("ulma.batch_losses", watch_losses):
+        ulma.run(args)
+    return {name: [ulma.mean(part) for part in ulma.chunks(values, len(values) // args.epochs)]
+            for name, values in weights.items()}
+
+def train_by_trl(options, argv, out):
+    """KTOTrainer, with the rows and the schedule of ulma.py."""
+    from trl import KTOConfig, KTOTrainer
+    flags = dict(zip(argv[::2], argv[1::2]))
+    rows = [{"prompt": row["prompt"], "completion": row["completion"], "label": bool(row["label"])}
+            for row in make_data.read(Path(flags["--data"]) / "train.jsonl")]
+    random.Random(int(flags["--seed"])).shuffle(rows)
+    config = KTOConfig(
+        out, loss_type=options.trl, beta=float(flags["--beta"]), desirable_weight=float(options.weight),
+        learning_rate=float(flags["--learning-rate"]), num_train_epochs=int(options.epochs), max_length=512,
+        per_device_train_batch_size=16, train_sampling_strategy="sequential", precompute_ref_log_probs=True,
+        lr_scheduler_type="cosine", warmup_steps=0.1, bf16=False, gradient_checkpointing=False,
+        seed=int(flags["--seed"]), save_strategy="no", report_to=[], use_cpu=True)
+    trainer = KTOTrainer("data/base", args=config, train_dataset=datasets.Dataset.from_list(rows))
+    trainer.train()
+    trainer.save_model(out)
+
+def perform(runs, title):
+    """Finish the runs, two at a time; those that others start from first."""
+    first = [stage_one(*run) for run in runs if stage_one(*run)]
+    if first:
+        perform(first, f"{title}: SFT")
+    todo = [run for run in dict.fromkeys(runs) if not (folder_of(*run) / "weights.json").exists()]
+    for flags, _, validation in todo:
+        options, _ = read_flags(flags)
+        make_rows(options.rows, validation)
+        if options.log_z == "true":
+            draws()
+    if todo:
+        with multiprocessing.get_context("spawn").Pool(2) as pool:
+            list(tqdm(pool.imap_unordered(execute, todo), title, len(todo)))
+
+def measured(run):
+    """What a finished run measured: shares of completions in %, then figures."""
+    results = json.loads((folder_of(*run) / "metrics.json").read_text())
+    results = results.get("after") or results["eval"]
+    shares = {"all": 100 * results["exact_match"]}
+    if "--rows edits" in run[0]:
+        shares |= make_data.kind_shares(folder_of(*run))
+    else:
+        shares |= {group: 100 * results[f"exact_match/{group}"] for group in ("demonstrated", "undemonstrated")}
+    return shares | {"perplexity": results["perplexity"], "reward AUC": results["reward_auc"]}
+
+def at(flags, rate, beta):
+    """The flags with another learning rate and β."""
+    return re.sub(r" --(learning-rate|beta) \S+", "", flags) + f" --learning-rate {rate}" + f" --beta {beta}" * bool(beta)
+
+def sweep(rows):
+    """Choose learning rate and β for each row, and print the grid; a step further where the best is at an edge."""
+    grids = {name: [(rate, beta) for rate in RATES[1:-1] for beta in (BETAS[1:-1] if "--beta" in flags else [None])]
+             for name, flags in rows.items()}
+
+    def score(name, cell):
+        return measured((at(rows[name], *cell), 0, True))["all"]
+
+    def choose(title):
+        perform([(at(rows[name], *cell), 0, True) for name, grid in grids.items() for cell in grid], title)
+        return {name: max(grid, key=lambda cell: score(name, cell)) for name, grid in grids.items()}
+
+    for name, cell in choose("grid").items():
+        near = [[value, *{values[1]: values[:1], values[-2]: values[-1:]}.get(value, [])]
+                for value, values in zip(cell, (RATES, BETAS))]
+        grids[name] += [(rate, beta) for rate in near[0] for beta in near[1] if (rate, beta) != cell]
+    best = {name: at(rows[name], *cell) for name, cell in choose("edges").items()}
+    for name, grid in grids.items():
+        columns = [beta for beta in [None, *BETAS] if beta in dict(map(reversed, grid))]
+        print_table(f"\n{name}: `{best[name]}`\n", ["learning rate", *(f"β {beta}" for beta in columns)], [
+            [rate, *(f"{score(name, (rate, beta)):.1f}" if (rate, beta) in grid else "" for beta in columns)]
+            for rate in RATES])
+    return best
+
+def print_table(title, header, rows):
+    print(f"{title}\n| {' | '.join(header)} |\n|{' --- |' * len(header)}", *(f"| {' | '.join(row)} |" for row in rows), sep="\n")
+
+def shown(values, digits=1):
+    """Mean ± standard error."""
+    return f"{ulma.mean(values):.{digits}f} ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}"
+
+def print_results(rows):
+    """What five seeds measured, and the difference from the first row, seed by seed."""
+    perform([(flags, seed, False) for seed in range(5) for flags in rows.values()], "runs")
+    found = [[measured((flags, seed, False)) for seed in range(5)] for flags in rows.values()]
+    print_table("", ["method", *found[0][0], "less the first row", "flags"], [
+        [name, *(shown([run[key] for run in runs], 3 if key in ("perplexity", "reward AUC") else 1) for key in runs[0]),
+         shown([run["all"] - first["all"] for run, first in zip(runs, found[0])]), f"`{flags}`"]
+        for (name, flags), runs in zip(rows.items(), found)])
+
+def print_weights(rows):
+    """The mean weight of ∇ log π in each epoch, positive where log π is pushed up."""
+    perform([(flags, 0, False) for flags in rows.values()], "runs")
+    print_table("", ["method", "rows", "weight in each epoch"], [
+        [name, kind, " ".join(f"{weight:.2f}" for weight in weights)] for name, flags in rows.items()
+        for kind, weights in sorted(json.loads((folder_of(flags, 0, False) / "weights.json").read_text()).items())])
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=TABLES)
+    for flag in ("--sweep", "--weights"):
+        parser.add_argument(flag, action="store_true")
+    options = parser.parse_args()
+    os.chdir(ROOT)
+    os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # of the pool's processes
+    rows = sweep(TABLES[options.table]) if options.sweep else TABLES[options.table]
+    (print_weights if options.weights else print_results)(rows)
+
+if __name__ == "__main__":
+    main()

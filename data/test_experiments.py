@@ -1,0 +1,68 @@
+"""The experiments mean what they say, and the rivals' losses are the project's with another log Z or another shape."""
+import json
+import math
+
+import pytest
+import torch
+
+import experiments
+from ulma import implicit_reward, pointwise_dpo_loss, prior_log_z
+
+torch.manual_seed(0)
+BETA, LOGPS, REF_LOGPS = 0.3, torch.randn(50).double() - 9, torch.randn(50).double() - 9
+RATIOS, ONE, ZERO = LOGPS - REF_LOGPS, torch.ones(50), torch.zeros(50)
+
+
+def pointwise(labels, log_z=0.0, continuous=False, beta=BETA):
+    return pointwise_dpo_loss(LOGPS, REF_LOGPS, labels, beta, log_z, continuous)
+
+
+def test_bco_pair_is_pointwise_dpo_with_log_z_0_on_both_halves():
+    chosen, rejected = -torch.sigmoid(BETA * RATIOS).log(), -torch.sigmoid(-BETA * RATIOS).log()
+    torch.testing.assert_close(pointwise(ONE) + pointwise(ZERO), chosen + rejected)
+
+
+def test_sppo_hard_is_the_continuous_loss_with_the_prior_of_one_half():
+    log_z = prior_log_z(0.5, BETA, continuous=True)
+    for label, target in (ONE, 1 / (2 * BETA)), (ZERO, -1 / (2 * BETA)):
+        torch.testing.assert_close(pointwise(label, log_z, continuous=True) / BETA ** 2, (RATIOS - target) ** 2)
+
+
+def test_qrpo_is_the_continuous_loss_on_quantiles_whose_log_z_is_known():
+    quantiles, log_z = (torch.arange(50) + 0.5).double() / 50, math.log(BETA * (math.exp(1 / BETA) - 1))
+    assert (quantiles / BETA).exp().mean().log().item() == pytest.approx(log_z, abs=1e-3)  # E exp(q / β), q uniform
+    torch.testing.assert_close(pointwise(quantiles, log_z, continuous=True),
+                               (quantiles - BETA * log_z - BETA * RATIOS) ** 2)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.7])  # APO-zero, and KTO with that estimate of the KL
+def test_apo_zero_and_kto_are_one_minus_sigma_of_the_same_reward(shift):
+    positive, negative = 1 - torch.sigmoid(BETA * (RATIOS - shift)), 1 - torch.sigmoid(BETA * (shift - RATIOS))
+    torch.testing.assert_close(1 - (-pointwise(ONE, -shift)).exp(), positive)
+    torch.testing.assert_close(1 - (-pointwise(ZERO, -shift)).exp(), negative)
+    torch.testing.assert_close(torch.sigmoid(implicit_reward(LOGPS, REF_LOGPS, BETA, -shift)), negative)
+
+
+def test_the_true_log_z_is_that_of_the_draws(monkeypatch):
+    scores = [1.0] * 16 + [0.4] * 48
+    monkeypatch.setattr(experiments, "draws", lambda: {"x": scores})
+    true_log_z = experiments.true_log_z.__wrapped__
+    assert true_log_z("x", 0.5, True) == pytest.approx(math.log(0.25 * math.exp(2) + 0.75 * math.exp(0.8)), abs=1e-5)
+    assert true_log_z("x", 1e-3, True) * 1e-3 == pytest.approx(1.0, abs=0.01)  # small β: the best reward in reach
+    assert true_log_z("x", 1e3, True) * 1e3 == pytest.approx(0.55, abs=0.01)  # large β: the mean reward
+    assert true_log_z("x", 0.5, False) * 0.5 == pytest.approx(math.log(16.5 / 48.5), abs=1e-5)
+
+
+def test_a_run_is_trained_with_the_log_z_asked_for_and_its_weights_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "RUNS", tmp_path)
+    monkeypatch.setattr(experiments, "true_log_z", lambda prompt, beta, continuous: math.log(3) / beta)
+    rows = experiments.make_data.read(experiments.make_rows("fair", True) / "train.jsonl")
+    assert {row["score"] for row in rows if row["label"]} == {1.0}
+    few = [row for row in rows if row["label"]][:8] + [row for row in rows if not row["label"]][:8]
+    experiments.make_data.write(tmp_path / "rows" / "fair-validation" / "train.jsonl", few)
+    for log_z, positive in ("0", 0.5), ("true", 0.25), ("running", 0.5):
+        run = (f"--method pointwise-dpo --rows fair --epochs 1 --log-z {log_z} --learning-rate 1e-6 --beta 1", 0, True)
+        experiments.execute(run)
+        weights = json.loads((experiments.folder_of(*run) / "weights.json").read_text())
+        assert weights["label 1, acceptable, demonstrated"] == [pytest.approx(positive, abs=1e-3)]
+        assert 0 < experiments.measured(run)["all"] < 100
