@@ -12,7 +12,7 @@ Runs are kept in runs/experiments, named by their flags; what is finished is not
     --log-z true      the prompt's own log Z, from 64 completions drawn from the reference (true_log_z tells)
     --trl LOSS        TRL's KTOTrainer with this loss_type, --weight W its desirable_weight (pip install trl==1.16.0)
 """
-import argparse, contextlib, functools, io, json, math, multiprocessing, os, random, re, shutil, statistics, sys, tempfile
+import argparse, contextlib, functools, importlib.util, io, json, math, multiprocessing, os, random, re, shutil, sys, tempfile
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -34,10 +34,8 @@ BEST, GRADED = "--learning-rate 3e-4 --beta 3", "--continuous --learning-rate 3e
 METHODS = {  # β and learning rates are those that the sweep chose
     "ULMA": f"{ULMA} {BEST}", "point-wise DPO": f"{POINTWISE} {BEST}",
     "SFT": SFT, "pair-wise DPO": "--method dpo --learning-rate 1e-3 --beta 3",
-    "ULMA, log Z = 0": f"{ULMA} {BEST} --log-z 0",
-    "point-wise DPO, log Z = 0": f"{POINTWISE} {BEST} --log-z 0",
-    "ULMA, continuous": f"{ULMA} {GRADED}",
-    "point-wise DPO, continuous": f"{POINTWISE} {GRADED}",
+    "ULMA, log Z = 0": f"{ULMA} {BEST} --log-z 0", "point-wise DPO, log Z = 0": f"{POINTWISE} {BEST} --log-z 0",
+    "ULMA, continuous": f"{ULMA} {GRADED}", "point-wise DPO, continuous": f"{POINTWISE} {GRADED}",
     "ULMA, continuous, log Z = 0": f"{ULMA} --continuous --log-z 0 --learning-rate 3e-4 --beta 0.03",
     "point-wise DPO, continuous, log Z = 0": f"{POINTWISE} --continuous --log-z 0 --learning-rate 3e-4 --beta 0.03",
 }
@@ -216,6 +214,8 @@ def perform(runs, title):
     todo = [run for run in dict.fromkeys(runs) if not (folder_of(*run) / "weights.json").exists()]
     for flags, _, validation in todo:
         options, _ = read_flags(flags)
+        if options.trl and not importlib.util.find_spec("trl"):
+            sys.exit("KTO and APO-zero need TRL, best in an environment of its own: pip install trl==1.16.0")
         make_rows(options.rows, validation)
         if options.log_z == "true":
             draws()
@@ -267,7 +267,7 @@ def print_table(title, header, rows):
 
 def shown(values, digits=1):
     """Mean ± standard error."""
-    return f"{ulma.mean(values):.{digits}f} ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}"
+    return f"{ulma.mean(values):.{digits}f} ± {torch.tensor(values).std() / len(values) ** 0.5:.{digits}f}"
 
 def print_results(rows):
     """What five seeds measured, and the difference from the first row, seed by seed."""
