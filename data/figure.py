@@ -1,0 +1,70 @@
+"""Draw rewards.svg, the mean rewards of positives and of negatives over training: `python data/experiments.py figure`."""
+import contextlib, io, sys, tempfile
+from importlib.util import find_spec
+from unittest.mock import patch
+
+import torch
+
+import ulma
+from experiments import METHODS, ROOT
+
+COLOURS = {"SFT": "tab:gray", "point-wise DPO": "tab:orange", "ULMA": "tab:blue"}
+CLASSES = {"positives": (1, "demonstrated"), "negatives, demonstrated requests": (0, "demonstrated"),
+           "negatives, undemonstrated requests": (0, "undemonstrated")}
+BETA, PARTS = 3.0, 5  # SFT has no β: its rewards are shown for the others'; measurements in an epoch
+
+def rewards_of(flags):
+    """[(epoch, the mean r_θ of each class of training rows)] over a run of ulma.py."""
+    load_rows, train, batch_losses = ulma.load_rows, ulma.train, ulma.batch_losses
+    rows, ref_logps, curve = [], [], []
+
+    def keep_rows(args, tokenizer):
+        rows[:], test_rows = load_rows(args, tokenizer)
+        return rows, test_rows
+
+    def measure(model, args, epoch):
+        logps = torch.tensor(ulma.all_logps(model, rows, args, "rewards"))
+        if not curve:  # π_θ is still π_ref
+            ref_logps.append(logps)
+        log_z = ulma.prior_log_z(ulma.mean([row.label for row in rows]), BETA)
+        rewards = ulma.implicit_reward(logps, ref_logps[0], BETA, log_z).tolist()
+        curve.append((epoch, *(ulma.mean([reward for reward, row in zip(rewards, rows) if (row.label, row.group) == kind])
+                               for kind in CLASSES.values())))
+
+    def watch_training(model, items, args, out):
+        steps = len(items) // args.batch_size  # in an epoch
+        counted = iter(range(args.epochs * steps))
+
+        def watch_losses(*arguments):
+            step = next(counted)
+            if step % (steps // PARTS) == 0:
+                measure(model, args, step / steps)
+            return batch_losses(*arguments)
+
+        with patch("ulma.batch_losses", watch_losses):
+            figures = train(model, items, args, out)
+        measure(model, args, args.epochs)
+        return figures
+
+    with (tempfile.TemporaryDirectory() as out, patch("ulma.load_rows", keep_rows), patch("ulma.train", watch_training),
+          contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())):
+        ulma.run(ulma.read_options([*flags.split(), "--output-dir", out]))
+    return curve
+
+def main():
+    if not find_spec("matplotlib"):
+        sys.exit("the figure needs matplotlib: pip install matplotlib")
+    from matplotlib import pyplot
+    pyplot.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "ulma", "font.size": 9}
+    torch.set_flush_denormal(True)  # as ulma.main does
+    curves = {name: rewards_of(METHODS[name]) for name in COLOURS}
+    figure, panels = pyplot.subplots(1, len(CLASSES), figsize=(8.5, 2.8), layout="constrained")
+    for column, (panel, title) in enumerate(zip(panels, CLASSES), 1):
+        for name, curve in curves.items():
+            panel.plot([point[0] for point in curve], [point[column] for point in curve], color=COLOURS[name], label=name)
+            print(f"{title}: {name} {curve[0][column]:.2f} to {curve[-1][column]:.2f}")
+        panel.set(title=title, xlabel="epoch", xlim=(0, curve[-1][0]))
+    panels[0].set_ylabel("mean reward r_θ")
+    panels[0].legend(frameon=False)
+    panels[2].sharey(panels[1])
+    figure.savefig(ROOT / "data/rewards.svg", metadata={"Date": None})

