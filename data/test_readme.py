@@ -1,0 +1,62 @@
+"""What the README shows is what comes out, and its links lead somewhere."""
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ["README.md", "data/README.md", "data/experiments.md"]
+
+
+def snippets(page="README.md"):
+    """(language, text) of every fenced block."""
+    return re.findall(r"```(\w*)\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+
+
+def anchor_of(heading):
+    """The name that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+def test_by_hand_prints_what_stands_below_it():
+    blocks = snippets()
+    [i] = [i for i, (language, text) in enumerate(blocks) if language == "python" and "print(" in text]
+    assert blocks[i][1].count("\n") <= 20
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(blocks[i][1], {})
+    assert printed.getvalue() == blocks[i + 1][1]
+
+
+def test_the_trainer_needs_no_second_model_with_peft(tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    [trainer] = [text for language, text in snippets() if language == "python" and "class ULMATrainer" in text]
+    [peft] = [text for language, text in snippets() if language == "python" and "peft" in text]
+    wrap, without_adapter = re.fullmatch(r"(.*\n)( +with .*\n)", peft, re.DOTALL).groups()
+    changed = re.sub(r"reference = .*\n", lambda _: wrap, trainer)
+    changed = re.sub(r" +with torch.no_grad\(\):\n", lambda _: without_adapter, changed)
+    changed = re.sub(r"reference.to.*\n", "", changed).replace("response_logps(reference,", "response_logps(model,")
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(changed, names)
+    losses = [entry["loss"] for entry in names["trainer"].state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_inside_the_repository_resolve(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", (ROOT / page).read_text(encoding="utf-8")):
+        if not target.startswith("http"):
+            path, _, anchor = target.partition("#")
+            linked = (ROOT / page).parent / path if path else ROOT / page
+            assert linked.exists(), target
+            headings = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), re.MULTILINE) if anchor else []
+            assert not anchor or anchor in map(anchor_of, headings), target
+
+
+def test_every_test_that_the_readme_names_exists():
+    tests = (ROOT / "test_ulma.py").read_text(encoding="utf-8")
+    for name in re.findall(r"`(test_\w+)`", (ROOT / "README.md").read_text(encoding="utf-8")):
+        assert f"def {name}(" in tests
