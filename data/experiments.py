@@ -28,6 +28,7 @@ import make_data, ulma
 RUNS = Path("runs/experiments")
 RATES, BETAS = ["1e-5", "3e-5", "1e-4", "3e-4", "1e-3", "3e-3"], ["0.03", "0.1", "0.3", "1", "3", "10"]
 DRAWS = 64  # completions of a prompt, for its true log Z
+CHANCE = 2.5  # points between two cells of a sweep, of 384 completions each
 
 ULMA, POINTWISE, SFT = "--method ulma", "--method pointwise-dpo", "--method sft --learning-rate 1e-3"
 BEST, GRADED = "--learning-rate 3e-4 --beta 3", "--continuous --learning-rate 3e-4 --beta 0.1"
@@ -66,8 +67,8 @@ TABLES = {
     "fair": {f"{name}, fair scores": f"{METHODS[name]} --rows fair" for name in LOSSES[2:]},
     "pairs": {"point-wise DPO, the rows of the pairs": f"{POINTWISE} --rows pairs --learning-rate 1e-3 --beta 3"},
     "edits": {name: f"--method {flags} --rows edits --learning-rate 1e-3" for name, flags in {
-        "ULMA": "ulma --beta 0.1", "ULMA, fine-grained": "ulma --fine-grained --beta 0.3", "SFT": "sft",
-        "point-wise DPO": "pointwise-dpo --beta 0.3",
+        "ULMA": "ulma --beta 0.1", "ULMA, fine-grained": "ulma --fine-grained --beta 0.3",
+        "point-wise DPO": "pointwise-dpo --beta 0.3", "SFT": "sft",
         "point-wise DPO, fine-grained": "pointwise-dpo --fine-grained --beta 1"}.items()},
     "noise": {f"{name}, {share} wrong": f"{flags} --rows noise-{share}" for share in ("0.1", "0.2", "0.4")
               for name, flags in [("ULMA", f"{ULMA} --learning-rate 3e-4 --beta 1"), ("SFT", SFT),
@@ -178,8 +179,7 @@ def train(options, args):
             args = replace(args, log_z=torch.tensor([true_log_z(row.prompt, args.beta, args.continuous) for row in rows]))
         losses, rewards, labels = batch_losses(model, items, args)
         seen.extend((rewards - args.beta * args.log_z).tolist())
-        [gradient] = torch.autograd.grad(losses.sum(), logps, retain_graph=True)
-        for row, value in zip(rows, gradient.tolist()):
+        for row, value in zip(rows, torch.autograd.grad(losses.sum(), logps, retain_graph=True)[0].tolist()):
             weights[class_of(row)].append(-value)
         return losses, rewards, labels
 
@@ -210,8 +210,7 @@ def perform(runs, title):
     if first := [stage_one(*run) for run in runs if stage_one(*run)]:
         perform(first, f"{title}: SFT")
     todo = [run for run in dict.fromkeys(runs) if not (folder_of(*run) / "weights.json").exists()]
-    for flags, _, validation in todo:
-        options, _ = read_flags(flags)
+    for options, validation in [(read_flags(flags)[0], validation) for flags, _, validation in todo]:
         if options.trl and not importlib.util.find_spec("trl"):
             sys.exit("KTO and APO-zero need TRL, best in an environment of its own: pip install trl==1.16.0")
         make_rows(options.rows, validation)
@@ -225,39 +224,40 @@ def measured(run):
     """What a finished run measured: shares of completions in %, then figures."""
     results = json.loads((folder_of(*run) / "metrics.json").read_text())
     results = results.get("after") or results["eval"]
-    shares = {"all": 100 * results["exact_match"]}
-    if "--rows edits" in run[0]:
-        shares |= make_data.kind_shares(folder_of(*run))
-    else:
-        shares |= {group: 100 * results[f"exact_match/{group}"] for group in ("demonstrated", "undemonstrated")}
-    return shares | {"perplexity": results["perplexity"], "reward AUC": results["reward_auc"]}
+    parts = make_data.kind_shares(folder_of(*run)) if "--rows edits" in run[0] else {
+        group: 100 * results[f"exact_match/{group}"] for group in ("demonstrated", "undemonstrated")}
+    return {"all": 100 * results["exact_match"]} | parts | {"perplexity": results["perplexity"], "reward AUC": results["reward_auc"]}
 
 def at(flags, rate, beta):
     """The flags with another learning rate and β."""
     return re.sub(r" --(learning-rate|beta) \S+", "", flags) + f" --learning-rate {rate}" + f" --beta {beta}" * bool(beta)
 
 def sweep(rows):
-    """Choose learning rate and β for each row, and print the grid; a step further where the best is at an edge."""
+    """Choose learning rate and β for each row, and print the grid. Where the best is at an edge, the grid goes a step
+    further; cells that chance could part from the best are run with five seeds, and their means decide."""
     grids = {name: [(rate, beta) for rate in RATES[1:-1] for beta in (BETAS[1:-1] if "--beta" in flags else [None])]
              for name, flags in rows.items()}
 
-    def score(name, cell):
-        return measured((at(rows[name], *cell), 0, True))["all"]
+    def score(name, cell, seeds=1):
+        return ulma.mean([measured((at(rows[name], *cell), seed, True))["all"] for seed in range(seeds)])
 
-    def choose(title):
-        perform([(at(rows[name], *cell), 0, True) for name, grid in grids.items() for cell in grid], title)
-        return {name: max(grid, key=lambda cell: score(name, cell)) for name, grid in grids.items()}
+    def choose(grids, title, seeds=1):
+        perform([(at(rows[name], *cell), seed, True) for name in grids for cell in grids[name] for seed in range(seeds)], title)
+        return {name: max(grids[name], key=lambda cell: score(name, cell, seeds)) for name in grids}
 
-    for name, cell in choose("grid").items():
+    for name, cell in choose(grids, "grid").items():
         near = [[value, *{values[1]: values[:1], values[-2]: values[-1:]}.get(value, [])]
                 for value, values in zip(cell, (RATES, BETAS))]
         grids[name] += [(rate, beta) for rate in near[0] for beta in near[1] if (rate, beta) != cell]
-    best = {name: at(rows[name], *cell) for name, cell in choose("edges").items()}
+    best = choose(grids, "edges")
+    ties = {name: [cell for cell in grid if score(name, cell) > score(name, best[name]) - CHANCE] for name, grid in grids.items()}
+    best = {name: at(rows[name], *cell) for name, cell in choose(ties, "ties", 5).items()}
     for name, grid in grids.items():
         columns = [beta for beta in [None, *BETAS] if beta in dict(map(reversed, grid))]
         print_table(f"\n{name}: `{best[name]}`\n", ["learning rate", *(f"β {beta}" for beta in columns)], [
             [rate, *(f"{score(name, (rate, beta)):.1f}" if (rate, beta) in grid else "" for beta in columns)]
-            for rate in RATES])
+            for rate in RATES if any(rate == cell[0] for cell in grid)])
+        print("\nFive seeds:", *(f"{rate}, β {beta}: {score(name, (rate, beta), 5):.1f};" for rate, beta in ties[name]))
     return best
 
 def print_table(title, header, rows):

@@ -60,7 +60,7 @@ def respond(folder, prompts, count, seed):
     The score is VADER's compound sentiment, moved from [−1, 1] to [0, 1]. Responses that NEW_TOKENS cut short are marked.
     """
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-    args = ulma.read_options(f"--model {folder} --max-length {MAX_LENGTH} --batch-size 16 --seed {seed}".split())
+    args = ulma.read_options(["--model", str(folder), "--max-length", str(MAX_LENGTH), "--seed", str(seed)])
     tokenizer = ulma.AutoTokenizer.from_pretrained(folder)
     records = [{"prompt": prompt, "completion": "-", "label": 1} for prompt in prompts]
     rows = ulma.parse(records, "prompts", args, tokenizer)
