@@ -30,15 +30,19 @@ RATES, BETAS = ["1e-5", "3e-5", "1e-4", "3e-4", "1e-3", "3e-3"], ["0.03", "0.1",
 DRAWS = 64  # completions of a prompt, for its true log Z
 CHANCE = 2.5  # points between two cells of a sweep, of 384 completions each
 
+def at(flags, rate, beta):
+    """The flags with another learning rate and β."""
+    return re.sub(r" --(learning-rate|beta) \S+", "", flags) + f" --learning-rate {rate}" + f" --beta {beta}" * bool(beta)
+
 ULMA, POINTWISE, SFT = "--method ulma", "--method pointwise-dpo", "--method sft --learning-rate 1e-3"
 BEST, GRADED = "--learning-rate 3e-4 --beta 3", "--continuous --learning-rate 3e-4 --beta 0.1"
+GRADED_0 = "--continuous --log-z 0 --learning-rate 3e-4 --beta 0.03"
 METHODS = {  # β and learning rates are those that the sweep chose
     "ULMA": f"{ULMA} {BEST}", "point-wise DPO": f"{POINTWISE} {BEST}",
     "SFT": SFT, "pair-wise DPO": "--method dpo --learning-rate 1e-3 --beta 3",
     "ULMA, log Z = 0": f"{ULMA} {BEST} --log-z 0", "point-wise DPO, log Z = 0": f"{POINTWISE} {BEST} --log-z 0",
     "ULMA, continuous": f"{ULMA} {GRADED}", "point-wise DPO, continuous": f"{POINTWISE} {GRADED}",
-    "ULMA, continuous, log Z = 0": f"{ULMA} --continuous --log-z 0 --learning-rate 3e-4 --beta 0.03",
-    "point-wise DPO, continuous, log Z = 0": f"{POINTWISE} --continuous --log-z 0 --learning-rate 3e-4 --beta 0.03",
+    "ULMA, continuous, log Z = 0": f"{ULMA} {GRADED_0}", "point-wise DPO, continuous, log Z = 0": f"{POINTWISE} {GRADED_0}",
 }
 LOSSES = ["ULMA", "point-wise DPO", "ULMA, continuous", "point-wise DPO, continuous"]  # that have a log Z
 
@@ -56,10 +60,13 @@ TABLES = {
         "KTO": f"--trl kto {BEST}", "KTO, desirable weight 5": f"--trl kto --weight 5 {BEST}",
         "APO-zero": f"--trl apo_zero_unpaired {BEST}",
         "APO-zero, desirable weight 5": f"--trl apo_zero_unpaired --weight 5 {BEST}",
-        "BCO": f"{POINTWISE} --log-z running {BEST}", "BCO, balanced": f"{POINTWISE} --log-z running --balanced {BEST}",
+        "BCO": at(f"{POINTWISE} --log-z running", "1e-4", "3"),
+        "BCO, balanced": at(f"{POINTWISE} --log-z running --balanced", "1e-4", "3"),
     },
     "log-z": {name: METHODS[name] for loss in LOSSES for name in (loss, f"{loss}, log Z = 0")} | {
-        f"{name}, log Z {kind}": f"{METHODS[name]} --log-z {kind}" for name in LOSSES for kind in ("running", "true")},
+        f"{name}, log Z {kind}": at(f"{METHODS[name]} --log-z {kind}", *cell.split("/")) for kind, cells in {
+            "running": "1e-4/0.1 1e-4/3 3e-4/0.03 1e-3/0.03", "true": "3e-4/3 3e-4/3 3e-4/0.1 3e-4/0.3"}.items()
+        for name, cell in zip(LOSSES, cells.split())},
     "reduction": {f"{name}, balanced{log_z}": f"{METHODS[name]} --balanced{log_z}" for name in LOSSES
                   for log_z in ("", " --log-z 0")[:1 + ("continuous" in name)]},  # binary: the prior is 0
     "setting": {name: f"{POINTWISE} --learning-rate 1e-4 --beta 0.1{flag}" for name, flag in {
@@ -115,11 +122,6 @@ def describe(prompt, completion):
     """The type of request, and the kind of completion by the rule."""
     verb, noun = make_data.verb_of({"prompt": prompt}), make_data.noun_of({"prompt": prompt})
     return verb, make_data.kind_of(verb, noun, completion.strip())
-
-def class_of(row):
-    """What a training row is, in the table of weights."""
-    acceptable = describe(row.prompt, row.completion)[1] in ("full", "brief")
-    return f"label {row.label:g}, {'acceptable' if acceptable else 'not acceptable'}, {row.group or 'all'}"
 
 @functools.cache
 def draws():
@@ -180,7 +182,8 @@ def train(options, args):
         losses, rewards, labels = batch_losses(model, items, args)
         seen.extend((rewards - args.beta * args.log_z).tolist())
         for row, value in zip(rows, torch.autograd.grad(losses.sum(), logps, retain_graph=True)[0].tolist()):
-            weights[class_of(row)].append(-value)
+            kind = "acceptable" if describe(row.prompt, row.completion)[1] in ("full", "brief") else "not acceptable"
+            weights[f"label {row.label:g}, {kind}, {row.group or 'all'}"].append(-value)
         return losses, rewards, labels
 
     with patch("ulma.batch_logps", keep_logps), patch("ulma.batch_losses", watch_losses):
@@ -197,10 +200,9 @@ def train_by_trl(options, argv, out):
     random.Random(int(flags["--seed"])).shuffle(rows)
     config = KTOConfig(
         out, loss_type=options.trl, beta=float(flags["--beta"]), desirable_weight=float(options.weight),
-        learning_rate=float(flags["--learning-rate"]), num_train_epochs=int(options.epochs), max_length=512,
-        per_device_train_batch_size=16, train_sampling_strategy="sequential", precompute_ref_log_probs=True,
-        lr_scheduler_type="cosine", warmup_steps=0.1, bf16=False, gradient_checkpointing=False,
-        seed=int(flags["--seed"]), save_strategy="no", report_to=[], use_cpu=True)
+        learning_rate=float(flags["--learning-rate"]), num_train_epochs=int(options.epochs), seed=int(flags["--seed"]),
+        per_device_train_batch_size=16, train_sampling_strategy="sequential", precompute_ref_log_probs=True, report_to=[],
+        lr_scheduler_type="cosine", warmup_steps=0.1, bf16=False, gradient_checkpointing=False, save_strategy="no")
     trainer = KTOTrainer("data/base", args=config, train_dataset=datasets.Dataset.from_list(rows))
     trainer.train()
     trainer.save_model(out)
@@ -227,10 +229,6 @@ def measured(run):
     parts = make_data.kind_shares(folder_of(*run)) if "--rows edits" in run[0] else {
         group: 100 * results[f"exact_match/{group}"] for group in ("demonstrated", "undemonstrated")}
     return {"all": 100 * results["exact_match"]} | parts | {"perplexity": results["perplexity"], "reward AUC": results["reward_auc"]}
-
-def at(flags, rate, beta):
-    """The flags with another learning rate and β."""
-    return re.sub(r" --(learning-rate|beta) \S+", "", flags) + f" --learning-rate {rate}" + f" --beta {beta}" * bool(beta)
 
 def sweep(rows):
     """Choose learning rate and β for each row, and print the grid. Where the best is at an edge, the grid goes a step

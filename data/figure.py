@@ -1,4 +1,8 @@
-"""Draw rewards.svg, the mean rewards of positives and of negatives over training: `python data/experiments.py figure`."""
+"""Draw rewards.svg, the mean rewards of positives and of negatives over training.
+
+    pip install matplotlib
+    python data/experiments.py figure
+"""
 import contextlib, io, sys, tempfile
 from importlib.util import find_spec
 from unittest.mock import patch
@@ -28,8 +32,9 @@ def rewards_of(flags):
             ref_logps.append(logps)
         log_z = ulma.prior_log_z(ulma.mean([row.label for row in rows]), BETA)
         rewards = ulma.implicit_reward(logps, ref_logps[0], BETA, log_z).tolist()
-        curve.append((epoch, *(ulma.mean([reward for reward, row in zip(rewards, rows) if (row.label, row.group) == kind])
-                               for kind in CLASSES.values())))
+        means = [ulma.mean([reward for row, reward in zip(rows, rewards) if (row.label, row.group) == kind])
+                 for kind in CLASSES.values()]
+        curve.append((epoch, *means))
 
     def watch_training(model, items, args, out):
         steps = len(items) // args.batch_size  # in an epoch
@@ -61,9 +66,10 @@ def main():
     figure, panels = pyplot.subplots(1, len(CLASSES), figsize=(8.5, 2.8), layout="constrained")
     for column, (panel, title) in enumerate(zip(panels, CLASSES), 1):
         for name, curve in curves.items():
-            panel.plot([point[0] for point in curve], [point[column] for point in curve], color=COLOURS[name], label=name)
+            epochs, rewards = zip(*[(point[0], point[column]) for point in curve])
+            panel.plot(epochs, rewards, color=COLOURS[name], label=name)
             print(f"{title}: {name} {curve[0][column]:.2f} to {curve[-1][column]:.2f}")
-        panel.set(title=title, xlabel="epoch", xlim=(0, curve[-1][0]))
+        panel.set(title=title, xlabel="epoch", xlim=(0, epochs[-1]))
     panels[0].set_ylabel("mean reward r_θ")
     panels[0].legend(frameon=False)
     panels[2].sharey(panels[1])

