@@ -2,6 +2,7 @@
 
     python data/experiments.py TABLE              # mean ± standard error over --seed 0 to 4
     python data/experiments.py TABLE --sweep      # the same, with β and learning rate chosen on validation rows first
+    python data/experiments.py TABLE --kinds      # instead, the kinds of completion, and their mean score
     python data/experiments.py TABLE --weights    # instead, the mean weight of ∇ log π in each epoch (seed 0)
 
 Runs are kept in runs/experiments, named by their flags; what is finished is not run again. Flags beyond ulma.py's:
@@ -28,7 +29,7 @@ import make_data, ulma
 RUNS = Path("runs/experiments")
 RATES, BETAS = ["1e-5", "3e-5", "1e-4", "3e-4", "1e-3", "3e-3"], ["0.03", "0.1", "0.3", "1", "3", "10"]
 DRAWS = 64  # completions of a prompt, for its true log Z
-CHANCE = 2.5  # points between two cells of a sweep, of 384 completions each
+CHANCE = 1  # points: cells of a sweep that are so near to the best are run with five seeds
 
 def at(flags, rate, beta):
     """The flags with another learning rate and β."""
@@ -36,7 +37,7 @@ def at(flags, rate, beta):
 
 ULMA, POINTWISE, SFT = "--method ulma", "--method pointwise-dpo", "--method sft --learning-rate 1e-3"
 BEST, GRADED = "--learning-rate 3e-4 --beta 3", "--continuous --learning-rate 3e-4 --beta 0.1"
-GRADED_0 = "--continuous --log-z 0 --learning-rate 3e-4 --beta 0.03"
+GRADED_0, BCO = "--continuous --log-z 0 --learning-rate 3e-4 --beta 0.03", "--log-z running --learning-rate 1e-4 --beta 3"
 METHODS = {  # β and learning rates are those that the sweep chose
     "ULMA": f"{ULMA} {BEST}", "point-wise DPO": f"{POINTWISE} {BEST}",
     "SFT": SFT, "pair-wise DPO": "--method dpo --learning-rate 1e-3 --beta 3",
@@ -57,11 +58,9 @@ TABLES = {
     },
     "rivals": {
         "ULMA": METHODS["ULMA"],
-        "KTO": f"--trl kto {BEST}", "KTO, desirable weight 5": f"--trl kto --weight 5 {BEST}",
-        "APO-zero": f"--trl apo_zero_unpaired {BEST}",
-        "APO-zero, desirable weight 5": f"--trl apo_zero_unpaired --weight 5 {BEST}",
-        "BCO": at(f"{POINTWISE} --log-z running", "1e-4", "3"),
-        "BCO, balanced": at(f"{POINTWISE} --log-z running --balanced", "1e-4", "3"),
+        "KTO": f"--trl kto {BEST}", "KTO, weight 5": f"--trl kto --weight 5 {BEST}",
+        "APO-zero": f"--trl apo_zero_unpaired {BEST}", "APO-zero, weight 5": f"--trl apo_zero_unpaired --weight 5 {BEST}",
+        "BCO": f"{POINTWISE} {BCO}", "BCO, balanced": f"{POINTWISE} --balanced {BCO}",
     },
     "log-z": {name: METHODS[name] for loss in LOSSES for name in (loss, f"{loss}, log Z = 0")} | {
         f"{name}, log Z {kind}": at(f"{METHODS[name]} --log-z {kind}", *cell.split("/")) for kind, cells in {
@@ -71,7 +70,9 @@ TABLES = {
                   for log_z in ("", " --log-z 0")[:1 + ("continuous" in name)]},  # binary: the prior is 0
     "setting": {name: f"{POINTWISE} --learning-rate 1e-4 --beta 0.1{flag}" for name, flag in {
         "log Z by the prior": "", "log Z = 0": " --log-z 0", "balanced": " --balanced"}.items()},
-    "fair": {f"{name}, fair scores": f"{METHODS[name]} --rows fair" for name in LOSSES[2:]},
+    "fair": {name: METHODS[name] for name in LOSSES} | {
+        "ULMA, fair scores": at(f"{ULMA} --continuous --rows fair", "1e-3", "0.03"),
+        "point-wise DPO, fair scores": f"{POINTWISE} {GRADED} --rows fair"},
     "pairs": {"point-wise DPO, the rows of the pairs": f"{POINTWISE} --rows pairs --learning-rate 1e-3 --beta 3"},
     "edits": {name: f"--method {flags} --rows edits --learning-rate 1e-3" for name, flags in {
         "ULMA": "ulma --beta 0.1", "ULMA, fine-grained": "ulma --fine-grained --beta 0.3",
@@ -223,21 +224,20 @@ def perform(runs, title):
             list(tqdm(pool.imap_unordered(execute, todo), title, len(todo)))
 
 def measured(run):
-    """What a finished run measured: shares of completions in %, then figures."""
+    """What a finished run measured: the share of acceptable completions in %, then other figures."""
     results = json.loads((folder_of(*run) / "metrics.json").read_text())
     results = results.get("after") or results["eval"]
-    parts = make_data.kind_shares(folder_of(*run)) if "--rows edits" in run[0] else {
-        group: 100 * results[f"exact_match/{group}"] for group in ("demonstrated", "undemonstrated")}
-    return {"all": 100 * results["exact_match"]} | parts | {"perplexity": results["perplexity"], "reward AUC": results["reward_auc"]}
+    shares = {key.split("/")[-1]: 100 * results[key] for key in results if "match" in key}
+    return shares | {"perplexity": results["perplexity"], "reward AUC": results["reward_auc"]}
 
 def sweep(rows):
     """Choose learning rate and β for each row, and print the grid. Where the best is at an edge, the grid goes a step
-    further; cells that chance could part from the best are run with five seeds, and their means decide."""
+    further; cells within CHANCE of the best are run with five seeds, whose means decide."""
     grids = {name: [(rate, beta) for rate in RATES[1:-1] for beta in (BETAS[1:-1] if "--beta" in flags else [None])]
              for name, flags in rows.items()}
 
     def score(name, cell, seeds=1):
-        return ulma.mean([measured((at(rows[name], *cell), seed, True))["all"] for seed in range(seeds)])
+        return ulma.mean([measured((at(rows[name], *cell), seed, True))["exact_match"] for seed in range(seeds)])
 
     def choose(grids, title, seeds=1):
         perform([(at(rows[name], *cell), seed, True) for name in grids for cell in grids[name] for seed in range(seeds)], title)
@@ -265,13 +265,14 @@ def shown(values, digits=1):
     """Mean ± standard error."""
     return f"{ulma.mean(values):.{digits}f} ± {torch.tensor(values).std() / len(values) ** 0.5:.{digits}f}"
 
-def print_results(rows):
-    """What five seeds measured, and the difference from the first row, seed by seed."""
+def print_results(rows, measure):
+    """What five seeds measured, and the difference from the first row in the first figure, seed by seed."""
     perform([(flags, seed, False) for seed in range(5) for flags in rows.values()], "runs")
-    found = [[measured((flags, seed, False)) for seed in range(5)] for flags in rows.values()]
+    found = [[measure((flags, seed, False)) for seed in range(5)] for flags in rows.values()]
+    main, *_ = found[0][0]
     print_table("", ["method", *found[0][0], "less the first row", "flags"], [
         [name, *(shown([run[key] for run in runs], 3 if key in ("perplexity", "reward AUC") else 1) for key in runs[0]),
-         shown([run["all"] - first["all"] for run, first in zip(runs, found[0])]), f"`{flags}`"]
+         shown([run[main] - first[main] for run, first in zip(runs, found[0])]), f"`{flags}`"]
         for (name, flags), runs in zip(rows.items(), found)])
 
 def print_weights(rows):
@@ -284,7 +285,7 @@ def print_weights(rows):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=[*TABLES, "figure", "real-model"])
-    for flag in ("--sweep", "--weights"):
+    for flag in ("--sweep", "--kinds", "--weights"):
         parser.add_argument(flag, action="store_true")
     options = parser.parse_args()
     os.chdir(ROOT)
@@ -292,7 +293,8 @@ def main():
     if options.table not in TABLES:  # a module of its own
         return importlib.import_module(options.table.replace("-", "_")).main()
     rows = sweep(TABLES[options.table]) if options.sweep else TABLES[options.table]
-    (print_weights if options.weights else print_results)(rows)
+    measure = (lambda run: make_data.kind_shares(folder_of(*run))) if options.kinds else measured
+    print_weights(rows) if options.weights else print_results(rows, measure)
 
 if __name__ == "__main__":
     main()

@@ -290,10 +290,11 @@ def noisy(rng, rows, share):
 
 
 def kind_shares(folder):
-    """Tell how often, in %, the last completions of a finished run are of each kind."""
+    """Tell the mean score of the last completions of a finished run, and how often they are of each kind, in %."""
     kinds = [kind_of(verb_of(made), noun_of(made), text.strip())
              for made in read(folder / "samples.jsonl") for text in list(made.values())[-1]]
-    return {kind: 100 * kinds.count(kind) / len(kinds) for kind in [*SCORES, "other"]}
+    shares = {kind: 100 * kinds.count(kind) / len(kinds) for kind in [*SCORES, "other"]}
+    return {"mean score": sum(score * shares[kind] for kind, score in SCORES.items())} | shares
 
 
 def mixture(rng, n):

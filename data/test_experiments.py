@@ -65,4 +65,6 @@ def test_a_run_is_trained_with_the_log_z_asked_for_and_its_weights_kept(tmp_path
         experiments.execute(run)
         weights = json.loads((experiments.folder_of(*run) / "weights.json").read_text())
         assert weights["label 1, acceptable, demonstrated"] == [pytest.approx(positive, abs=1e-3)]
-        assert 0 < experiments.measured(run)["all"] < 100
+        assert 0 < experiments.measured(run)["exact_match"] < 100
+        mean_score, *shares = experiments.make_data.kind_shares(experiments.folder_of(*run)).values()
+        assert 0 < mean_score < 100 and sum(shares) == pytest.approx(100)
