@@ -28,8 +28,7 @@ import make_data, ulma
 
 RUNS = Path("runs/experiments")
 RATES, BETAS = ["1e-5", "3e-5", "1e-4", "3e-4", "1e-3", "3e-3"], ["0.03", "0.1", "0.3", "1", "3", "10"]
-DRAWS = 64  # completions of a prompt, for its true log Z
-CHANCE = 1  # points: cells of a sweep that are so near to the best are run with five seeds
+DRAWS, CHANCE = 64, 1  # completions of a prompt, for its true log Z; points between cells that five seeds decide
 
 def at(flags, rate, beta):
     """The flags with another learning rate and β."""
@@ -53,7 +52,7 @@ TABLES = {
         "ULMA": METHODS["ULMA"], "SFT": SFT,
         "SFT, then point-wise DPO": f"{POINTWISE} --sft 5 --learning-rate 1e-4 --beta 10",
         "the same in as many steps as ULMA": f"{POINTWISE} --sft 6 --epochs 4 --learning-rate 3e-5 --beta 10",
-        "SFT, then pair-wise DPO": "--method dpo --sft 5 --learning-rate 1e-4 --beta 0.03",
+        "SFT, then pair-wise DPO": "--method dpo --sft 5 --learning-rate 1e-4 --beta 3",
         "this too in as many steps as ULMA": "--method dpo --sft 5 --epochs 25 --learning-rate 3e-5 --beta 10",
     },
     "rivals": {
@@ -71,8 +70,8 @@ TABLES = {
     "setting": {name: f"{POINTWISE} --learning-rate 1e-4 --beta 0.1{flag}" for name, flag in {
         "log Z by the prior": "", "log Z = 0": " --log-z 0", "balanced": " --balanced"}.items()},
     "fair": {name: METHODS[name] for name in LOSSES} | {
-        "ULMA, fair scores": at(f"{ULMA} --continuous --rows fair", "1e-3", "0.03"),
-        "point-wise DPO, fair scores": f"{POINTWISE} {GRADED} --rows fair"},
+        f"{name}, fair scores": at(f"{METHODS[name]} --rows fair", *cell)
+        for name, cell in zip(LOSSES[2:], (("1e-3", "0.03"), ("3e-4", "0.1")))},
     "pairs": {"point-wise DPO, the rows of the pairs": f"{POINTWISE} --rows pairs --learning-rate 1e-3 --beta 3"},
     "edits": {name: f"--method {flags} --rows edits --learning-rate 1e-3" for name, flags in {
         "ULMA": "ulma --beta 0.1", "ULMA, fine-grained": "ulma --fine-grained --beta 0.3",
@@ -119,10 +118,10 @@ def stage_one(flags, seed, validation):
     return (f"{SFT} --epochs {options.sft} --rows {options.rows}", seed, validation) if options.sft else None
 
 @functools.cache
-def describe(prompt, completion):
-    """The type of request, and the kind of completion by the rule."""
-    verb, noun = make_data.verb_of({"prompt": prompt}), make_data.noun_of({"prompt": prompt})
-    return verb, make_data.kind_of(verb, noun, completion.strip())
+def kind_of(prompt, completion):
+    """The kind of completion by the rule."""
+    row = {"prompt": prompt}
+    return make_data.kind_of(make_data.verb_of(row), make_data.noun_of(row), completion.strip())
 
 @functools.cache
 def draws():
@@ -134,7 +133,7 @@ def draws():
         rows = list({row.prompt: row for row in ulma.load_rows(args, tokenizer)[0]}.values())
         with patch("ulma.SAMPLES", DRAWS):
             drawn = ulma.sample(ulma.load_model(args.model, args, tokenizer), tokenizer, rows, args)
-        path.write_text(json.dumps({row.prompt: [make_data.SCORES.get(describe(row.prompt, text)[1], 0.0) for text in texts]
+        path.write_text(json.dumps({row.prompt: [make_data.SCORES.get(kind_of(row.prompt, text), 0.0) for text in texts]
                                     for row, texts in zip(rows, drawn)}))
     return json.loads(path.read_text())
 
@@ -170,8 +169,8 @@ def train(options, args):
     seen, logps, weights = [], [], defaultdict(list)
     batch_logps, batch_losses = ulma.batch_logps, ulma.batch_losses
 
-    def keep_logps(model, rows, args):
-        logps[:] = [batch_logps(model, rows, args)]
+    def keep_logps(*arguments):
+        logps[:] = [batch_logps(*arguments)]
         return logps[0]
 
     def watch_losses(model, items, args):
@@ -183,7 +182,7 @@ def train(options, args):
         losses, rewards, labels = batch_losses(model, items, args)
         seen.extend((rewards - args.beta * args.log_z).tolist())
         for row, value in zip(rows, torch.autograd.grad(losses.sum(), logps, retain_graph=True)[0].tolist()):
-            kind = "acceptable" if describe(row.prompt, row.completion)[1] in ("full", "brief") else "not acceptable"
+            kind = "acceptable" if kind_of(row.prompt, row.completion) in ("full", "brief") else "not acceptable"
             weights[f"label {row.label:g}, {kind}, {row.group or 'all'}"].append(-value)
         return losses, rewards, labels
 
@@ -248,14 +247,15 @@ def sweep(rows):
                 for value, values in zip(cell, (RATES, BETAS))]
         grids[name] += [(rate, beta) for rate in near[0] for beta in near[1] if (rate, beta) != cell]
     best = choose(grids, "edges")
-    ties = {name: [cell for cell in grid if score(name, cell) > score(name, best[name]) - CHANCE] for name, grid in grids.items()}
-    best = {name: at(rows[name], *cell) for name, cell in choose(ties, "ties", 5).items()}
+    ties = {name: near for name, grid in grids.items() if len(near := [
+        cell for cell in grid if score(name, cell) > score(name, best[name]) - CHANCE]) > 1}
+    best = {name: at(rows[name], *cell) for name, cell in (best | choose(ties, "ties", 5)).items()}
     for name, grid in grids.items():
         columns = [beta for beta in [None, *BETAS] if beta in dict(map(reversed, grid))]
         print_table(f"\n{name}: `{best[name]}`\n", ["learning rate", *(f"β {beta}" for beta in columns)], [
             [rate, *(f"{score(name, (rate, beta)):.1f}" if (rate, beta) in grid else "" for beta in columns)]
             for rate in RATES if any(rate == cell[0] for cell in grid)])
-        print("\nFive seeds:", *(f"{rate}, β {beta}: {score(name, (rate, beta), 5):.1f};" for rate, beta in ties[name]))
+        print(*(f"\nFive seeds at {rate} and β {beta}: {score(name, (rate, beta), 5):.1f}" for rate, beta in ties.get(name, [])))
     return best
 
 def print_table(title, header, rows):
@@ -269,7 +269,7 @@ def print_results(rows, measure):
     """What five seeds measured, and the difference from the first row in the first figure, seed by seed."""
     perform([(flags, seed, False) for seed in range(5) for flags in rows.values()], "runs")
     found = [[measure((flags, seed, False)) for seed in range(5)] for flags in rows.values()]
-    main, *_ = found[0][0]
+    main = next(iter(found[0][0]))
     print_table("", ["method", *found[0][0], "less the first row", "flags"], [
         [name, *(shown([run[key] for run in runs], 3 if key in ("perplexity", "reward AUC") else 1) for key in runs[0]),
          shown([run[main] - first[main] for run, first in zip(runs, found[0])]), f"`{flags}`"]
