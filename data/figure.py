@@ -13,8 +13,8 @@ import ulma
 from experiments import METHODS, ROOT
 
 COLOURS = {"SFT": "tab:gray", "point-wise DPO": "tab:orange", "ULMA": "tab:blue"}
-CLASSES = {"positives": (1, "demonstrated"), "negatives, demonstrated requests": (0, "demonstrated"),
-           "negatives, undemonstrated requests": (0, "undemonstrated")}
+CLASSES = {"positives": (1, "demonstrated"), "negatives, demonstrated": (0, "demonstrated"),
+           "negatives, undemonstrated": (0, "undemonstrated")}
 BETA, PARTS = 3.0, 5  # SFT has no β: its rewards are shown for the others'; measurements in an epoch
 
 def rewards_of(flags):
