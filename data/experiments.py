@@ -49,7 +49,7 @@ LOSSES = ["ULMA", "point-wise DPO", "ULMA, continuous", "point-wise DPO, continu
 TABLES = {
     "methods": METHODS,
     "steps": {
-        "ULMA": METHODS["ULMA"], "SFT": SFT,
+        "ULMA": METHODS["ULMA"], "SFT": SFT, "SFT in as many steps as ULMA": "--method sft --epochs 30 --learning-rate 3e-4",
         "SFT, then point-wise DPO": f"{POINTWISE} --sft 5 --learning-rate 1e-4 --beta 10",
         "the same in as many steps as ULMA": f"{POINTWISE} --sft 6 --epochs 4 --learning-rate 3e-5 --beta 10",
         "SFT, then pair-wise DPO": "--method dpo --sft 5 --learning-rate 1e-4 --beta 3",
