@@ -69,9 +69,9 @@ TABLES = {
                   for log_z in ("", " --log-z 0")[:1 + ("continuous" in name)]},  # binary: the prior is 0
     "setting": {name: f"{POINTWISE} --learning-rate 1e-4 --beta 0.1{flag}" for name, flag in {
         "log Z by the prior": "", "log Z = 0": " --log-z 0", "balanced": " --balanced"}.items()},
-    "fair": {name: METHODS[name] for name in LOSSES} | {
-        f"{name}, fair scores": at(f"{METHODS[name]} --rows fair", *cell)
-        for name, cell in zip(LOSSES[2:], (("1e-3", "0.03"), ("3e-4", "0.1")))},
+    "fair": {f"{name}{flag}": METHODS[name] + flag for name in LOSSES for flag in ("", " --balanced")} | {
+        f"{name}, fair{flag}": f"{METHODS[name]} --rows fair{flag}" for name in LOSSES[2:] for flag in ("", " --balanced")
+    } | {"ULMA, continuous, fair": at(f"{METHODS['ULMA, continuous']} --rows fair", "1e-3", "0.03")},
     "pairs": {"point-wise DPO, the rows of the pairs": f"{POINTWISE} --rows pairs --learning-rate 1e-3 --beta 3"},
     "edits": {name: f"--method {flags} --rows edits --learning-rate 1e-3" for name, flags in {
         "ULMA": "ulma --beta 0.1", "ULMA, fine-grained": "ulma --fine-grained --beta 0.3",
