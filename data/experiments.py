@@ -85,16 +85,17 @@ TABLES = {
 def make_rows(kind, validation):
     """Make rows of a kind, or of their validation part, unless they are there. Return their folder."""
     folder = RUNS / "rows" / (kind + "-validation" * validation)
+    part = folder.with_name(f"{folder.name}.part")
     if not folder.exists():
-        noise = kind.partition("noise-")[2] or "0"
-        make_data.main(["--validation" if validation else "--rows", str(folder), "--noise", noise])
-        rows = make_data.read(folder / "train.jsonl")
+        make_data.main(["--validation" if validation else "--rows", str(part), "--noise", kind.partition("noise-")[2] or "0"])
+        rows = make_data.read(part / "train.jsonl")
         demonstrated = {row["prompt"] for row in rows if row["label"]}
         if kind == "pairs":
             rows = [row for row in rows if row["prompt"] in demonstrated]
         if kind == "fair":  # brief demonstrations are demonstrations, too
             rows = [{**row, "score": 1.0} if row["label"] else row for row in rows]
-        make_data.write(folder / "train.jsonl", rows)
+        make_data.write(part / "train.jsonl", rows)
+        part.rename(folder)  # now that they are whole
     return folder / "edits" if kind == "edits" else folder
 
 def read_flags(flags):
@@ -230,8 +231,7 @@ def measured(run):
     return shares | {"perplexity": results["perplexity"], "reward AUC": results["reward_auc"]}
 
 def sweep(rows):
-    """Choose learning rate and β for each row, and print the grid. Where the best is at an edge, the grid goes a step
-    further; cells within CHANCE of the best are run with five seeds, whose means decide."""
+    """Choose learning rate and β for each row, and print the grid: a step further at an edge, five seeds within CHANCE."""
     grids = {name: [(rate, beta) for rate in RATES[1:-1] for beta in (BETAS[1:-1] if "--beta" in flags else [None])]
              for name, flags in rows.items()}
 

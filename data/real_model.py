@@ -10,6 +10,7 @@ new responses to test requests is set against KL(π_θ || π_ref). All is in run
 import contextlib, io, json, multiprocessing, random, re, shutil, sys
 from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from tqdm import tqdm
@@ -65,8 +66,8 @@ def respond(folder, prompts, count, seed):
     records = [{"prompt": prompt, "completion": "-", "label": 1} for prompt in prompts]
     rows = ulma.parse(records, "prompts", args, tokenizer)
     model = ulma.load_model(folder, args, tokenizer)
-    ulma.SAMPLES = count
-    drawn = ulma.sample(model, tokenizer, rows, args)
+    with patch("ulma.SAMPLES", count):
+        drawn = ulma.sample(model, tokenizer, rows, args)
     rater = SentimentIntensityAnalyzer()
     found = [{"prompt": prompt, "completion": text.strip(), "tokens": len(tokenizer(text).input_ids),
               "score": (rater.polarity_scores(text)["compound"] + 1) / 2}
