@@ -284,7 +284,7 @@ def print_weights(rows):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=[*TABLES, "figure", "real-model"])
+    parser.add_argument("table", choices=[*TABLES, "figure", "real-model", "real-ratings", "real-costs"])
     for flag in ("--sweep", "--kinds", "--weights"):
         parser.add_argument(flag, action="store_true")
     options = parser.parse_args()

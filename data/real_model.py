@@ -130,9 +130,9 @@ def quietly(task):
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         return task[0](*task[1:])
 
-def measured(run):
+def measured_in(folder):
     """Of new responses: mean score; KL(π_θ || π_ref) in nats; −log π_ref a token; the share of distinct ones in %."""
-    rows = make_data.read(folder_of(run) / "responses.jsonl")
+    rows = make_data.read(folder / "responses.jsonl")
     return {"score": ulma.mean([row["score"] for row in rows]),
             "KL": ulma.mean([row["logp"] - row["ref_logp"] for row in rows]),
             "−log π_ref a token": -sum(row["ref_logp"] for row in rows) / sum(row["tokens"] for row in rows),
@@ -170,7 +170,7 @@ def main():
           f"score before {rows['score']:.3f}")
     results = {}
     for name, beta in dict.fromkeys(run[:2] for run in runs()):
-        found = [measured((name, beta, seed)) for seed in range(SEEDS)]
+        found = [measured_in(folder_of((name, beta, seed))) for seed in range(SEEDS)]
         results[name, beta] = {key: ulma.mean([one[key] for one in found]) for key in found[0]}
     print_table("", ["method", "β", *found[0]], [[name, beta, *(f"{value:.2f}" for value in means.values())]
                                                for (name, beta), means in results.items()])

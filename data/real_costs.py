@@ -1,0 +1,44 @@
+"""What a real model costs: ULMA on the rows of real-model for one epoch, alone on the machine.
+
+    python data/experiments.py real-costs    # after real-model
+"""
+import json, multiprocessing, os, resource, shutil
+
+from tqdm import tqdm
+
+import make_data, ulma
+from experiments import print_table
+from real_model import BASE, RUNS, MAX_LENGTH, measured_in, requests, respond, quietly
+
+COMMON = f"--model {BASE} --data {RUNS}/rows --method ulma --beta 0.1 --epochs 1 --max-length {MAX_LENGTH}"
+CASES = ["--bf16 true --learning-rate 1e-4", "--bf16 false --learning-rate 1e-4",
+         "--bf16 true --learning-rate 1e-3 --lora 16", "--bf16 false --learning-rate 1e-3 --lora 16",
+         "--bf16 true --learning-rate 1e-5", "--bf16 true --learning-rate 3e-5",
+         "--bf16 true --learning-rate 3e-4", "--bf16 true --learning-rate 1e-4 --lora 16"]
+
+def folder_of(case):
+    return RUNS / "costs" / case
+
+def execute(case):
+    """Train and respond, in a process of its own, whose peak memory is that of the training."""
+    out = folder_of(case)
+    shutil.rmtree(out, ignore_errors=True)
+    ulma.run(ulma.read_options([*f"{COMMON} {case}".split(), "--output-dir", str(out)]))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+    make_data.write(out / "responses.jsonl", respond(out, requests("test", 48), 2, 0))
+    (out / "model.safetensors").unlink()
+    (out / "peak.json").write_text(json.dumps(peak))
+
+def main():
+    os.environ["OMP_NUM_THREADS"] = str(os.cpu_count())
+    todo = [case for case in CASES if not (folder_of(case) / "peak.json").exists()]
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        list(tqdm(pool.imap(quietly, [(execute, case) for case in todo]), "runs", len(todo)))
+    rows = []
+    for case in CASES:
+        trained = json.loads((folder_of(case) / "metrics.json").read_text())["train"]
+        found = measured_in(folder_of(case))
+        rows.append([f"`{case}`", f"{trained['seconds']:.0f}", f"{trained['reference_seconds']:.0f}",
+                     f"{json.loads((folder_of(case) / 'peak.json').read_text()):.1f}", f"{found['score']:.3f}",
+                     f"{found['KL']:.1f}"])
+    print_table("", ["flags", "seconds of training", "of the reference", "peak memory, GiB", "score", "KL"], rows)
