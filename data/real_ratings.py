@@ -21,9 +21,9 @@ TRAIN, TEST, LONGEST = 400, 100, 200  # pairs, and tokens of a prompt and of a r
 SHOWN = [5, 91, 93, 97]  # pairs of the test set whose prompts can be shown to anyone; they come first
 COMMON = (f"--model {BASE} --data {RUNS}/rows --epochs 1 --learning-rate 3e-5 --bf16 true --batch-size 8 "
           "--gradient-accumulation 2")
-METHODS = {"SFT": "--method sft", **{f"{name}, β {beta}": f"--method {method} --beta {beta}"
-           for name, method in {"ULMA": "ulma", "point-wise DPO": "pointwise-dpo", "pair-wise DPO": "dpo"}.items()
-           for beta in ("0.1", "0.03")}}
+METHODS = {"SFT": "--method sft"} | {
+    f"{name}, β {beta}": f"--method {method} --beta {beta}" for beta in ("0.1", "1")
+    for name, method in {"ULMA": "ulma", "point-wise DPO": "pointwise-dpo", "pair-wise DPO": "dpo"}.items()}
 
 def messages(transcript):
     """A transcript as messages, or None where the turns do not alternate."""
