@@ -10,7 +10,7 @@ import make_data, ulma
 from experiments import print_table
 from real_model import BASE, RUNS, MAX_LENGTH, measured_in, requests, respond, quietly
 
-COMMON = f"--model {BASE} --data {RUNS}/rows --method ulma --beta 0.1 --epochs 1 --max-length {MAX_LENGTH}"
+COMMON = f"--model {BASE} --data {RUNS}/rows --method ulma --beta 1 --epochs 1 --max-length {MAX_LENGTH}"
 CASES = ["--bf16 true --learning-rate 1e-4", "--bf16 false --learning-rate 1e-4",
          "--bf16 true --learning-rate 1e-3 --lora 16", "--bf16 false --learning-rate 1e-3 --lora 16",
          "--bf16 true --learning-rate 1e-5", "--bf16 true --learning-rate 3e-5", "--bf16 true --learning-rate 3e-4",
