@@ -27,7 +27,7 @@ NEW_TOKENS, MAX_LENGTH = 40, 80  # of a response; of a row, twice as many, for u
 COMMON = f"--model {BASE} --epochs 2 --learning-rate 1e-4 --bf16 true --max-length {MAX_LENGTH}"
 SEEDS = 1
 BETAS = ["0.03", "0.1", "0.3", "1"]
-FURTHER = {"ULMA": ["3", "10"]}  # where the best lies at an edge
+FURTHER = {"ULMA": ["3", "10"], "point-wise DPO": ["0.01"], "pair-wise DPO": ["0.01"]}  # where the best lies at an edge
 METHODS = {
     "SFT": "--method sft --data rows",
     "point-wise DPO": "--method pointwise-dpo --data rows --beta",
@@ -110,7 +110,7 @@ def make_rows(train, test):
 def runs():
     """(name, β, seed) of every run."""
     return [(name, beta, seed) for seed in range(SEEDS) for name, flags in METHODS.items()
-            for beta in ([*BETAS, *FURTHER.get(name, [])] if flags.endswith("--beta") else [""])]
+            for beta in (sorted(BETAS + FURTHER.get(name, []), key=float) if flags.endswith("--beta") else [""])]
 
 def folder_of(run):
     return RUNS / ", ".join(str(part) for part in run if part != "")
