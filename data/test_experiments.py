@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import experiments
+import real_model
+import real_ratings
 from ulma import implicit_reward, pointwise_dpo_loss, prior_log_z
 
 torch.manual_seed(0)
@@ -68,3 +70,17 @@ def test_a_run_is_trained_with_the_log_z_asked_for_and_its_weights_kept(tmp_path
         assert 0 < experiments.measured(run)["exact_match"] < 100
         mean_score, *shares = experiments.make_data.kind_shares(experiments.folder_of(*run)).values()
         assert 0 < mean_score < 100 and sum(shares) == pytest.approx(100)
+
+
+def test_a_transcript_is_read_as_messages_or_left_out():
+    user, assistant = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello.\n\nYes?"}
+    assert real_ratings.messages("\n\nHuman: Hi\n\nAssistant: Hello.\n\nYes?") == [user, assistant]
+    for other in "\n\nHuman: Hi\n\nHuman: Hi\n\nAssistant: Yes?", "\n\nHuman: Hi", "\n\nHuman: Hi\n\nAssistant:":
+        assert real_ratings.messages(other) is None
+
+
+def test_the_frontier_measures_score_and_kl_of_the_responses(tmp_path):
+    responses = [{"completion": "A", "tokens": 2, "score": 0.2, "logp": -3.0, "ref_logp": -5.0},
+                 {"completion": "A", "tokens": 4, "score": 0.6, "logp": -4.0, "ref_logp": -4.0}]
+    experiments.make_data.write(tmp_path / "responses.jsonl", responses)
+    assert list(real_model.measured_in(tmp_path).values()) == pytest.approx([0.4, 1.0, 1.5, 50.0])
