@@ -11,10 +11,9 @@ from experiments import print_table
 from real_model import BASE, RUNS, MAX_LENGTH, measured_in, requests, respond, quietly
 
 COMMON = f"--model {BASE} --data {RUNS}/rows --method ulma --beta 1 --epochs 1 --max-length {MAX_LENGTH}"
-CASES = ["--bf16 true --learning-rate 1e-4", "--bf16 false --learning-rate 1e-4",
-         "--bf16 true --learning-rate 1e-3 --lora 16", "--bf16 false --learning-rate 1e-3 --lora 16",
-         "--bf16 true --learning-rate 1e-5", "--bf16 true --learning-rate 3e-5", "--bf16 true --learning-rate 3e-4",
-         "--bf16 true --learning-rate 1e-4 --lora 16"]
+CASES = [f"--learning-rate {rest}" for rest in (
+    "1e-4 --bf16 true", "1e-4 --bf16 false", "1e-3 --bf16 true --lora 16", "1e-3 --bf16 false --lora 16",
+    "1e-5 --bf16 true", "3e-5 --bf16 true", "3e-4 --bf16 true")]
 
 def folder_of(case):
     return RUNS / "costs" / case

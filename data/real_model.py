@@ -30,6 +30,7 @@ BETAS = ["0.03", "0.1", "0.3", "1"]
 FURTHER = {"ULMA": ["3", "10"], "point-wise DPO": ["0.01"], "pair-wise DPO": ["0.01"]}  # where the best lies at an edge
 METHODS = {
     "SFT": "--method sft --data rows",
+    "SFT, as many steps as ULMA": "--method sft --epochs 6 --data rows",
     "point-wise DPO": "--method pointwise-dpo --data rows --beta",
     "ULMA": "--method ulma --data rows --beta",
     "ULMA, continuous": "--method ulma --continuous --data rows --beta",
