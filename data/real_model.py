@@ -27,7 +27,7 @@ NEW_TOKENS, MAX_LENGTH = 40, 80  # of a response; of a row, twice as many, for u
 COMMON = f"--model {BASE} --epochs 2 --learning-rate 1e-4 --bf16 true --max-length {MAX_LENGTH}"
 SEEDS = 1
 BETAS = ["0.03", "0.1", "0.3", "1"]
-FURTHER = {"ULMA": ["3"], "point-wise DPO": ["0.01"], "pair-wise DPO": ["0.01"]}  # where the best lies at an edge
+FURTHER = {"ULMA": ["3"], "point-wise DPO": ["0.01"]}  # where the best lies at an edge
 METHODS = {
     "SFT": "--method sft --data rows",
     "SFT, as many steps as ULMA": "--method sft --epochs 6 --data rows",
@@ -133,12 +133,14 @@ def quietly(task):
         return task[0](*task[1:])
 
 def measured_in(folder):
-    """Of new responses: mean score; KL(π_θ || π_ref) in nats; −log π_ref a token; the share of distinct ones in %."""
-    rows = make_data.read(folder / "responses.jsonl")
+    """Of new responses: mean score; KL(π_θ || π_ref) in nats; −log π_ref a token; the share of distinct ones in %. Then
+    what ulma.py says of the test rows."""
+    rows, after = make_data.read(folder / "responses.jsonl"), json.loads((folder / "metrics.json").read_text())["after"]
     return {"score": ulma.mean([row["score"] for row in rows]),
             "KL": ulma.mean([row["logp"] - row["ref_logp"] for row in rows]),
             "−log π_ref a token": -sum(row["ref_logp"] for row in rows) / sum(row["tokens"] for row in rows),
-            "distinct": 100 * len({row["completion"] for row in rows}) / len(rows)}
+            "distinct, %": 100 * len({row["completion"] for row in rows}) / len(rows),
+            "perplexity": after["perplexity"], "reward AUC": after["reward_auc"]}
 
 def draw(results, base):
     """The frontier: score against KL, a curve a method, from its least to its greatest β."""
@@ -174,6 +176,6 @@ def main():
     for name, beta in dict.fromkeys(run[:2] for run in runs()):
         found = [measured_in(folder_of((name, beta, seed))) for seed in range(SEEDS)]
         results[name, beta] = {key: ulma.mean([one[key] for one in found]) for key in found[0]}
-    print_table("", ["method", "β", *found[0]], [[name, beta, *(f"{value:.2f}" for value in means.values())]
+    print_table("", ["method", "β", *found[0]], [[name, beta, *(f"{value:#.3g}".rstrip(".") for value in means.values())]
                                                for (name, beta), means in results.items()])
     draw(results, rows["score"])

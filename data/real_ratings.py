@@ -3,7 +3,7 @@
     python data/experiments.py real-ratings    # needs what real-model needs, and the hub
 
 The pairs are the first 1,000 of the test split of Anthropic/hh-rlhf, harmless-base, or those of the file
-runs/real-ratings/pairs.jsonl.gz, if it is there. Those of at most 200 tokens are kept: 400 to train on, 100 to test on.
+runs/real-ratings/pairs.jsonl.gz, if it is there. Those of at most 120 tokens are kept: 380 to train on, 100 to test on.
 """
 import json, multiprocessing, re, shutil
 from pathlib import Path
@@ -17,8 +17,8 @@ from experiments import print_table
 from real_model import BASE, make_base, quietly
 
 RUNS, LOCAL = Path("runs/real-ratings"), "runs/real-ratings/pairs.jsonl.gz"
-TRAIN, TEST, LONGEST = 400, 100, 200  # pairs, and tokens of a prompt and of a response
-SHOWN = [5, 91, 93, 97]  # pairs of the test set whose prompts can be shown to anyone; they come first
+TRAIN, TEST, LONGEST = 380, 100, 120  # pairs, and tokens of a prompt and of a response
+SHOWN = [9, 12, 27, 35]  # pairs of the test set whose prompts can be shown to anyone; they come first
 COMMON = (f"--model {BASE} --data {RUNS}/rows --epochs 1 --learning-rate 3e-5 --bf16 true --batch-size 8 "
           "--gradient-accumulation 2")
 METHODS = {"SFT": "--method sft"} | {

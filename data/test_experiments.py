@@ -83,4 +83,5 @@ def test_the_frontier_measures_score_and_kl_of_the_responses(tmp_path):
     responses = [{"completion": "A", "tokens": 2, "score": 0.2, "logp": -3.0, "ref_logp": -5.0},
                  {"completion": "A", "tokens": 4, "score": 0.6, "logp": -4.0, "ref_logp": -4.0}]
     experiments.make_data.write(tmp_path / "responses.jsonl", responses)
-    assert list(real_model.measured_in(tmp_path).values()) == pytest.approx([0.4, 1.0, 1.5, 50.0])
+    (tmp_path / "metrics.json").write_text(json.dumps({"after": {"perplexity": 7.0, "reward_auc": 0.9}}))
+    assert list(real_model.measured_in(tmp_path).values()) == pytest.approx([0.4, 1.0, 1.5, 50.0, 7.0, 0.9])
