@@ -2,7 +2,7 @@
 
     python data/experiments.py real-costs    # after real-model
 """
-import json, multiprocessing, os, resource, shutil
+import json, multiprocessing, os, resource, shutil, sys
 
 from tqdm import tqdm
 
@@ -29,6 +29,8 @@ def execute(case):
     (out / "peak.json").write_text(json.dumps(peak))
 
 def main():
+    if not (RUNS / "rows/test.jsonl").exists():
+        sys.exit("run real-model first")
     os.environ["OMP_NUM_THREADS"] = str(os.cpu_count())
     todo = [case for case in CASES if not (folder_of(case) / "peak.json").exists()]
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:

