@@ -13,7 +13,7 @@ from real_model import BASE, RUNS, MAX_LENGTH, measured_in, requests, respond, q
 COMMON = f"--model {BASE} --data {RUNS}/rows --method ulma --beta 1 --epochs 1 --max-length {MAX_LENGTH}"
 CASES = [f"--learning-rate {rest}" for rest in (
     "1e-4 --bf16 true", "1e-4 --bf16 false", "1e-3 --bf16 true --lora 16", "1e-3 --bf16 false --lora 16",
-    "1e-5 --bf16 true")]
+    "1e-5 --bf16 true", "3e-3 --bf16 true --lora 16")]
 
 def folder_of(case):
     return RUNS / "costs" / case
