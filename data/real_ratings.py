@@ -75,7 +75,7 @@ def measured(name):
     won = [100 * (a > b) for a, b in zip(chosen, rejected)]
     return [f"{metrics['before']['perplexity']:.2f}", f"{metrics['after']['perplexity']:.2f}",
             f"{metrics['after']['reward_auc']:.3f}", f"{ulma.mean(won):.0f}", f"{ulma.mean(chosen):+.1f}",
-            f"{ulma.mean(rejected):+.1f}", f"{metrics['train']['seconds']:.0f}"]
+            f"{ulma.mean(rejected):+.1f}"]
 
 def main():
     make_base()
@@ -85,5 +85,5 @@ def main():
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         list(tqdm(pool.imap_unordered(quietly, [(execute, name) for name in todo]), "runs", len(todo)))
     print_table("", ["method", "perplexity of chosen before", "after", "reward AUC", "pairs won, %",
-                     "log-ratio of chosen", "of rejected", "seconds"],
+                     "log-ratio of chosen", "of rejected"],
                 [[name, *measured(name)] for name in METHODS])
