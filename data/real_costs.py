@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 import make_data, ulma
 from experiments import print_table
-from real_model import BASE, RUNS, MAX_LENGTH, measured_in, requests, respond, quietly
+from real_model import BASE, RUNS, MAX_LENGTH, TEST_PROMPTS, measured_in, requests, respond, quietly
 
 COMMON = f"--model {BASE} --data {RUNS}/rows --method ulma --beta 1 --epochs 1 --max-length {MAX_LENGTH}"
 CASES = [f"--learning-rate {rest}" for rest in (
@@ -19,12 +19,12 @@ def folder_of(case):
     return RUNS / "costs" / case
 
 def execute(case):
-    """Train and respond, in a process of its own, whose peak memory is that of the training."""
+    """Train and respond, in a process of its own. The peak of memory is that of the whole training program."""
     out = folder_of(case)
     shutil.rmtree(out, ignore_errors=True)
     ulma.run(ulma.read_options([*f"{COMMON} {case}".split(), "--output-dir", str(out)]))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
-    make_data.write(out / "responses.jsonl", respond(out, requests("test", 48), 2, 0))
+    make_data.write(out / "responses.jsonl", respond(out, requests("test", TEST_PROMPTS), 2, 0))
     (out / "model.safetensors").unlink()
     (out / "peak.json").write_text(json.dumps(peak))
 

@@ -26,12 +26,12 @@ METHODS = {"SFT": "--method sft"} | {
     for name, method in {"ULMA": "ulma", "point-wise DPO": "pointwise-dpo", "pair-wise DPO": "dpo"}.items()}
 
 def messages(transcript):
-    """A transcript as messages, or None where the turns do not alternate."""
-    _, *parts = re.split(r"\n\n(Human|Assistant):", transcript)
+    """A transcript as messages, or None where it is not turns that alternate."""
+    before, *parts = re.split(r"\n\n(Human|Assistant):", transcript)
     turns = [{"role": {"Human": "user", "Assistant": "assistant"}[role], "content": text.strip()}
              for role, text in zip(parts[::2], parts[1::2])]
     roles = [turn["role"] for turn in turns]
-    whole = all(turn["content"] for turn in turns) and roles == ["user", "assistant"] * (len(roles) // 2)
+    whole = not before and all(turn["content"] for turn in turns) and roles == ["user", "assistant"] * (len(roles) // 2)
     return turns if whole else None
 
 def make_rows():

@@ -75,7 +75,8 @@ def test_a_run_is_trained_with_the_log_z_asked_for_and_its_weights_kept(tmp_path
 def test_a_transcript_is_read_as_messages_or_left_out():
     user, assistant = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello.\n\nYes?"}
     assert real_ratings.messages("\n\nHuman: Hi\n\nAssistant: Hello.\n\nYes?") == [user, assistant]
-    for other in "\n\nHuman: Hi\n\nHuman: Hi\n\nAssistant: Yes?", "\n\nHuman: Hi", "\n\nHuman: Hi\n\nAssistant:":
+    for other in ("\n\nHuman: Hi\n\nHuman: Hi\n\nAssistant: Yes?", "\n\nHuman: Hi", "\n\nHuman: Hi\n\nAssistant:",
+                  "Be brief.\n\nHuman: Hi\n\nAssistant: Yes?"):
         assert real_ratings.messages(other) is None
 
 
