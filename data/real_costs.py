@@ -2,13 +2,11 @@
 
     python data/experiments.py real-costs    # after real-model
 """
-import json, multiprocessing, resource, shutil, sys
-
-from tqdm import tqdm
+import json, resource, sys
 
 import make_data, ulma
 from experiments import print_table
-from real_model import BASE, RUNS, MAX_LENGTH, TEST_PROMPTS, measured_in, requests, respond, quietly
+from real_model import BASE, RUNS, MAX_LENGTH, TEST_PROMPTS, measured_in, perform, requests, respond, trained
 
 COMMON = f"--model {BASE} --data {RUNS}/rows --method ulma --beta 1 --epochs 1 --max-length {MAX_LENGTH}"
 CASES = [f"--learning-rate {rest}" for rest in (
@@ -19,21 +17,17 @@ def folder_of(case):
     return RUNS / "costs" / case
 
 def execute(case):
-    """Train and respond, in a process of its own. The peak of memory is that of the whole training program."""
+    """Train and respond. The peak of memory is that of the whole training program."""
     out = folder_of(case)
-    shutil.rmtree(out, ignore_errors=True)
-    ulma.run(ulma.read_options([*f"{COMMON} {case}".split(), "--output-dir", str(out)]))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
-    make_data.write(out / "responses.jsonl", respond(out, requests("test", TEST_PROMPTS), 2, 0))
-    (out / "model.safetensors").unlink()
+    with trained(f"{COMMON} {case}", out):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+        make_data.write(out / "responses.jsonl", respond(out, requests("test", TEST_PROMPTS), 2, 0))
     (out / "peak.json").write_text(json.dumps(peak))
 
 def main():
     if not (RUNS / "rows/test.jsonl").exists():
         sys.exit("run real-model first")
-    todo = [case for case in CASES if not (folder_of(case) / "peak.json").exists()]
-    with multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=1) as pool:
-        list(tqdm(pool.imap(quietly, [(execute, case) for case in todo]), "runs", len(todo)))
+    perform(execute, CASES, lambda case: folder_of(case) / "peak.json")
     rows = []
     for case in CASES:
         trained = json.loads((folder_of(case) / "metrics.json").read_text())["train"]

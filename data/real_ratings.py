@@ -5,16 +5,15 @@
 The pairs are the first 1,000 of the test split of Anthropic/hh-rlhf, harmless-base, or those of the file
 runs/real-ratings/pairs.jsonl.gz, if it is there. Those of at most 120 tokens are kept: 380 to train on, 100 to test on.
 """
-import json, multiprocessing, re, shutil
+import json, re
 from pathlib import Path
 from unittest.mock import patch
 
 import datasets
-from tqdm import tqdm
 
 import make_data, ulma
 from experiments import print_table
-from real_model import BASE, make_base, quietly
+from real_model import BASE, make_base, perform, trained
 
 RUNS, LOCAL = Path("runs/real-ratings"), "runs/real-ratings/pairs.jsonl.gz"
 TRAIN, TEST, LONGEST = 380, 100, 120  # pairs, and tokens of a prompt and of a response
@@ -54,18 +53,15 @@ def make_rows():
     make_data.write(RUNS / "rows/test.jsonl", [kept[TRAIN + i] for i in order])
 
 def execute(name):
-    """Train, in a process of the pool. Keeps what was measured, with the log-ratios, not the weights."""
-    out, seen = RUNS / name, []
-    shutil.rmtree(out, ignore_errors=True)
+    """Train. Keeps the log-ratios of the test rows with what ulma.py has measured."""
+    seen = []
 
     def concordance(log_ratios, labels, own=ulma.concordance):
         seen.append(log_ratios.tolist())
         return own(log_ratios, labels)
 
-    with patch("ulma.concordance", concordance):
-        ulma.run(ulma.read_options([*f"{COMMON} {METHODS[name]}".split(), "--output-dir", str(out)]))
-    (out / "model.safetensors").unlink()
-    (out / "log_ratios.json").write_text(json.dumps(seen[-1]))
+    with patch("ulma.concordance", concordance), trained(f"{COMMON} {METHODS[name]}", RUNS / name):
+        (RUNS / name / "log_ratios.json").write_text(json.dumps(seen[-1]))
 
 def measured(name):
     """Of the test pairs, after training, in the order of the table."""
@@ -81,9 +77,7 @@ def main():
     make_base()
     if not (RUNS / "rows/test.jsonl").exists():
         make_rows()
-    todo = [name for name in METHODS if not (RUNS / name / "log_ratios.json").exists()]
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
-        list(tqdm(pool.imap_unordered(quietly, [(execute, name) for name in todo]), "runs", len(todo)))
+    perform(execute, METHODS, lambda name: RUNS / name / "log_ratios.json")
     print_table("", ["method", "perplexity of chosen before", "after", "reward AUC", "pairs won, %",
                      "log-ratio of chosen", "of rejected"],
                 [[name, *measured(name)] for name in METHODS])
