@@ -26,9 +26,9 @@ SYSTEM = "Answer in one short sentence."
 PROMPTS, TEST_PROMPTS, DRAWS = 128, 48, 6  # requests to train and to test on, and responses of each
 NEW_TOKENS, MAX_LENGTH = 40, 80  # of a response; of a row, twice as many, for ulma.py samples up to half of that
 COMMON = f"--model {BASE} --epochs 2 --learning-rate 1e-4 --bf16 true --max-length {MAX_LENGTH}"
-SEEDS = 3
 BETAS = ["0.03", "0.1", "0.3", "1"]
 FURTHER = {"ULMA": ["3"], "point-wise DPO": ["0.01"], "pair-wise DPO": ["0.01"]}  # where the best lay at an edge
+SEEDS = {("ULMA", "0.03"): 2, ("ULMA, continuous", "0.3"): 2, ("ULMA, continuous", "1"): 2}  # of all others, three
 METHODS = {
     "SFT": "--method sft --data rows",
     "SFT, as many steps as ULMA": "--method sft --epochs 6 --data rows",
@@ -114,10 +114,13 @@ def make_rows(train, test):
                "score": ulma.mean([row["score"] for row in test])}
     (RUNS / "rows.json").write_text(json.dumps(figures))
 
-def runs():
-    """(name, β, seed) of every run."""
-    return [(name, beta, seed) for seed in range(SEEDS) for name, flags in METHODS.items()
+def cells():
+    """(name, β) of every row of the table."""
+    return [(name, beta) for name, flags in METHODS.items()
             for beta in (sorted(BETAS + FURTHER.get(name, []), key=float) if flags.endswith("--beta") else [""])]
+
+def seeds(cell):
+    return range(SEEDS.get(cell, 3))
 
 def folder_of(run):
     return RUNS / ", ".join(str(part) for part in run if part != "")
@@ -160,6 +163,10 @@ def measured_in(folder):
             "distinct, %": 100 * len({row["completion"] for row in rows}) / len(rows),
             "perplexity": after["perplexity"], "reward AUC": after["reward_auc"]}
 
+def error(values):
+    """Standard error of the mean."""
+    return torch.tensor(values).std().item() / len(values) ** 0.5
+
 def draw(measured, base):
     """The frontier: score against KL, a curve a method, from its least to its greatest β, with standard errors."""
     from matplotlib import pyplot
@@ -168,13 +175,12 @@ def draw(measured, base):
     panel.plot(0, base, "k*", label="before training")
     for name in METHODS:
         betas = [beta for other, beta in measured if other == name]
-        kls, scores = (torch.tensor([measured[name, beta][key] for beta in betas]) for key in ("KL", "score"))
-        kl_error, score_error = (seeds.std(1) / SEEDS ** 0.5 for seeds in (kls, scores))
-        panel.errorbar(kls.mean(1), scores.mean(1), score_error, kl_error, marker="o", markersize=4, elinewidth=0.6,
-                       label=name)
-        for i in {0, len(betas) - 1} if betas[0] else ():
-            panel.annotate(f"β {betas[i]}", (kls[i].mean(), scores[i].mean()), textcoords="offset points",
-                           xytext=(4, 4), fontsize=7)
+        kls, scores = ([measured[name, beta][key] for beta in betas] for key in ("KL", "score"))  # a list of seeds each
+        points = [list(map(ulma.mean, kls)), list(map(ulma.mean, scores))]
+        errors = {"xerr": list(map(error, kls)), "yerr": list(map(error, scores))}
+        panel.errorbar(*points, **errors, marker="o", markersize=4, elinewidth=0.6, label=name)
+        for beta, *point in list(zip(betas, *points))[::max(len(betas) - 1, 1)]:  # the ends of the curve
+            panel.annotate(beta and f"β {beta}", point, textcoords="offset points", xytext=(4, 4), fontsize=7)
     panel.set(xlabel="KL(π || π_ref), nats a response", ylabel="mean score", xlim=(-0.5, None))
     panel.legend(frameon=False, fontsize=8, loc="lower right")
     figure.savefig("data/frontier.svg", metadata={"Date": None})
@@ -186,15 +192,16 @@ def main():
         with multiprocessing.get_context("spawn").Pool(2) as pool:
             drawn = pool.starmap(quietly, [(respond, BASE, requests(*part), DRAWS, 0) for part in parts])
         make_rows(*drawn)
-    perform(execute, runs(), lambda run: folder_of(run) / "responses.jsonl")
+    runs = [(*cell, seed) for cell in cells() for seed in seeds(cell)]
+    perform(execute, runs, lambda run: folder_of(run) / "responses.jsonl")
     rows = json.loads((RUNS / "rows.json").read_text())
     print(f"{rows['rows']} rows of {rows['nats']:.0f} nats in the mean; a thumbs-up from {rows['threshold']:.2f}; "
           f"score before {rows['score']:.3f}")
     measured, lines = {}, []
-    for name, beta in dict.fromkeys(run[:2] for run in runs()):
-        found = [measured_in(folder_of((name, beta, seed))) for seed in range(SEEDS)]
-        values = measured[name, beta] = {key: [one[key] for one in found] for key in found[0]}
-        lines.append([name, beta, shown(values["score"], 3), shown(values["KL"], 1),
+    for cell in cells():
+        found = [measured_in(folder_of((*cell, seed))) for seed in seeds(cell)]
+        values = measured[cell] = {key: [one[key] for one in found] for key in found[0]}
+        lines.append([*cell, shown(values["score"], 3), shown(values["KL"], 1),
                       *(f"{ulma.mean(values[key]):#.3g}".rstrip(".") for key in list(values)[2:])])
     print_table("", ["method", "β", *found[0]], lines)
     draw(measured, rows["score"])
