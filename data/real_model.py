@@ -28,7 +28,7 @@ NEW_TOKENS, MAX_LENGTH = 40, 80  # of a response; of a row, twice as many, for u
 COMMON = f"--model {BASE} --epochs 2 --learning-rate 1e-4 --bf16 true --max-length {MAX_LENGTH}"
 BETAS = ["0.03", "0.1", "0.3", "1"]
 FURTHER = {"ULMA": ["3"], "point-wise DPO": ["0.01"], "pair-wise DPO": ["0.01"]}  # where the best lay at an edge
-SEEDS = {("ULMA", "0.03"): 2, ("ULMA, continuous", "0.3"): 2, ("ULMA, continuous", "1"): 2}  # of all others, three
+SEEDS = {("ULMA", "0.03"): 2} | {("ULMA, continuous", beta): 2 for beta in ("0.03", "0.3", "1")}  # three elsewhere
 METHODS = {
     "SFT": "--method sft --data rows",
     "SFT, as many steps as ULMA": "--method sft --epochs 6 --data rows",
