@@ -13,18 +13,18 @@ Runs are kept in runs/experiments, named by their flags; what is finished is not
     --log-z true      the prompt's own log Z, from 64 completions drawn from the reference (true_log_z tells)
     --trl LOSS        TRL's KTOTrainer with this loss_type, --weight W its desirable_weight (pip install trl==1.16.0)
 """
-import argparse, contextlib, functools, importlib.util, io, json, math, multiprocessing, os, random, re, shutil, sys, tempfile
+import argparse, functools, importlib.util, json, math, os, random, re, shutil, sys, tempfile
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
 import datasets, torch
-from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import make_data, ulma
+from common import in_processes, print_table, shown
 
 RUNS = Path("runs/experiments")
 RATES, BETAS = ["1e-5", "3e-5", "1e-4", "3e-4", "1e-3", "3e-3"], ["0.03", "0.1", "0.3", "1", "3", "10"]
@@ -150,13 +150,12 @@ def execute(run):
     """Train and evaluate, in a process of the pool."""
     flags, seed, validation = run
     options, argv = read_flags(flags)
-    out, weights, quiet = folder_of(*run), {}, io.StringIO()
+    out, weights = folder_of(*run), {}
     shutil.rmtree(out, ignore_errors=True)
     argv += ["--data", str(make_rows(options.rows, validation)), "--seed", str(seed), "--output-dir", str(out)]
     if options.sft:
         argv += ["--model", str(folder_of(*stage_one(*run)))]
-    torch.set_flush_denormal(True)  # as ulma.main does
-    with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet), tempfile.TemporaryDirectory() as model:
+    with tempfile.TemporaryDirectory() as model:
         if options.trl:
             train_by_trl(options, argv, model)
             argv = [*argv[argv.index("--data"):], "--eval-only", "--model", model, "--reference", "data/base"]
@@ -219,9 +218,7 @@ def perform(runs, title):
         make_rows(options.rows, validation)
         if options.log_z == "true":
             draws()
-    if todo:
-        with multiprocessing.get_context("spawn").Pool(2) as pool:
-            list(tqdm(pool.imap_unordered(execute, todo), title, len(todo)))
+    in_processes(execute, todo, title)
 
 def measured(run):
     """What a finished run measured: the share of acceptable completions in %, then other figures."""
@@ -257,13 +254,6 @@ def sweep(rows):
             for rate in RATES if any(rate == cell[0] for cell in grid)])
         print(*(f"\nFive seeds at {rate} and β {beta}: {score(name, (rate, beta), 5):.1f}" for rate, beta in ties.get(name, [])))
     return best
-
-def print_table(title, header, rows):
-    print(f"{title}\n| {' | '.join(header)} |\n|{' --- |' * len(header)}", *(f"| {' | '.join(row)} |" for row in rows), sep="\n")
-
-def shown(values, digits=1):
-    """Mean ± standard error."""
-    return f"{ulma.mean(values):.{digits}f} ± {torch.tensor(values).std() / len(values) ** 0.5:.{digits}f}"
 
 def print_results(rows, measure):
     """What five seeds measured, and the difference from the first row in the first figure, seed by seed."""

@@ -5,8 +5,8 @@
 import json, resource, sys
 
 import make_data, ulma
-from experiments import print_table
-from real_model import BASE, RUNS, MAX_LENGTH, TEST_PROMPTS, measured_in, perform, requests, respond, trained
+from common import in_processes, print_table
+from real_model import BASE, RUNS, MAX_LENGTH, TEST_PROMPTS, measured_in, requests, respond, trained
 
 COMMON = f"--model {BASE} --data {RUNS}/rows --method ulma --beta 1 --epochs 1 --max-length {MAX_LENGTH}"
 CASES = [f"--learning-rate {rest}" for rest in (
@@ -27,7 +27,8 @@ def execute(case):
 def main():
     if not (RUNS / "rows/test.jsonl").exists():
         sys.exit("run real-model first")
-    perform(execute, CASES, lambda case: folder_of(case) / "peak.json")
+    todo = [case for case in CASES if not (folder_of(case) / "peak.json").exists()]
+    in_processes(execute, todo, runs_a_process=1)  # a peak is a process's
     rows = []
     for case in CASES:
         trained = json.loads((folder_of(case) / "metrics.json").read_text())["train"]

