@@ -1,75 +1,100 @@
-"""ULMA's claims, one a test: the losses against the paper's equations, then the rest in ulma.py's order."""
-import contextlib, copy, itertools, json, math, os, random, re, shutil, signal, subprocess, sys, time, weakref
+"""ULMA's claims, one a test: the losses against the paper, then the rest in ulma.py's order."""
+
+import io
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import redirect_stderr
+from functools import partial
 from pathlib import Path
+from unittest.mock import DEFAULT, Mock
 
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read at import: a name that is no folder fails at once
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the expected values are a CPU's
-import datasets, tokenizers, torch, transformers
+import datasets
+import tokenizers
+import torch
+import transformers
+from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import logsigmoid
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import ulma
-from ulma import (concordance, dpo_loss, implicit_reward, pointwise_dpo_loss, prior_log_z, response_logps,
-                  sft_loss, ulma_loss)
+from ulma import dpo_loss, implicit_reward, pointwise_dpo_loss, prior_log_z, sft_loss, ulma_loss
 
 HERE = Path(ulma.__file__).parent
-TOKENIZER = AutoTokenizer.from_pretrained(HERE / "data" / "base")
+BASE = HERE / "data" / "base"
+TOKENIZER = AutoTokenizer.from_pretrained(BASE)
+sigma = torch.sigmoid
+read_model = partial(AutoModelForCausalLM.from_pretrained, dtype=torch.float32)
 
-def draw(n=64, seed=0):  # random log π_θ, log π_ref and labels 0/1: (n,), float64
+
+# ---- The equations, their gradients and the paper's claims ----
+REF = torch.tensor([0.30, 0.25, 0.20, 0.12, 0.08, 0.05], dtype=torch.float64)
+MU = torch.tensor([0.1, 0.3, 0.05, 0.25, 0.1, 0.2], dtype=torch.float64)  # of rated responses
+
+
+def draw(seed=0):  # random log π_θ, log π_ref and labels 0 or 1: (64,), float64
     generator = torch.Generator().manual_seed(seed)
-    logps, ref_logps = -8 * torch.rand(2, n, generator=generator, dtype=torch.float64)
-    return logps.requires_grad_(), ref_logps, torch.randint(0, 2, (n,), generator=generator)
-def sigma(x): return 1 / (1 + math.exp(-x))
-def grad(loss, logps): return torch.autograd.grad(loss.sum(), logps)[0].tolist()
+    logps, ref_logps = -8 * torch.rand(2, 64, generator=generator, dtype=torch.float64)
+    return logps.requires_grad_(), ref_logps, torch.randint(0, 2, (64,), generator=generator)
 
-# ---- The equations, their gradients and the paper's claims -------------------------------------------------
+
+def grad(loss, logps):
+    return torch.autograd.grad(loss.sum(), logps)[0]
+
+
 def test_the_reward_is_beta_times_log_ratio_plus_log_z():
-    assert implicit_reward(torch.tensor(-2.0), torch.tensor(-5.0), 0.5, 1.0).item() == 2.0  # ½ (−2 + 5 + 1)
-    logps, ref_logps, _ = draw(4)
-    for log_z in (torch.full((4,), -1.7), torch.tensor([0.0, 1.0, -2.0, 3.0])):  # a constant, or one per row
-        expected = [0.3 * (a - b + c) for a, b, c in zip(logps.tolist(), ref_logps.tolist(), log_z.tolist())]
-        assert implicit_reward(logps, ref_logps, 0.3, log_z).tolist() == pytest.approx(expected)
+    logps, ref_logps = torch.tensor([-2.0, -3.0]), torch.tensor([-5.0, -4.0])
+    for log_z, expected in ((1.0, [2.0, 1.0]), (torch.tensor([1.0, -2.0]), [2.0, -0.5])):
+        assert implicit_reward(logps, ref_logps, 0.5, log_z).tolist() == expected
+
 
 @pytest.mark.parametrize("beta, log_z", [(0.1, 0.0), (0.5, 2.0), (1.0, -3.0)])
 def test_every_loss_is_its_equation(beta, log_z):
-    logps, ref_logps, labels = draw()
-    graded = torch.rand(64, dtype=torch.float64).where(labels == 0, 1.0)
-    for i in range(len(logps)):
-        logp, ref_logp, z, score = logps[i].item(), ref_logps[i].item(), labels[i].item(), graded[i].item()
-        r = beta * (math.log(math.exp(logp) / math.exp(ref_logp)) + log_z)
-        binary = -(z * math.log(sigma(r)) + (1 - z) * math.log(1 - sigma(r)))
-        squared = -logp if score == 1 else (score - r) ** 2
-        at = (logps[i], ref_logps[i])
-        assert sft_loss(logps[i]).item() == pytest.approx(-logp)
-        assert pointwise_dpo_loss(*at, labels[i], beta, log_z).item() == pytest.approx(binary)
-        assert pointwise_dpo_loss(*at, graded[i], beta, log_z, True).item() == pytest.approx((score - r) ** 2)
-        unbraked = z * -logp + (1 - z) * binary
-        assert ulma_loss(*at, labels[i].bool(), beta, log_z).item() == pytest.approx(unbraked)
-        assert ulma_loss(*at, graded[i], beta, log_z, True).item() == pytest.approx(squared)
+    logps, ref_logps, z = draw()
+    scores = torch.rand(64, dtype=torch.float64).where(z == 0, 1.0)
+    r = beta * ((logps.exp() / ref_logps.exp()).log() + log_z)
+    binary = -(z * sigma(r).log() + (1 - z) * (1 - sigma(r)).log())
+    squared = (scores - r) ** 2
+    at, more = (logps, ref_logps), (beta, log_z)
+    assert_close(sft_loss(logps), -logps)
+    assert_close(pointwise_dpo_loss(*at, z, *more), binary)
+    assert_close(pointwise_dpo_loss(*at, scores, *more, True), squared)
+    assert_close(ulma_loss(*at, z.bool(), *more), -z * logps + (1 - z) * binary)
+    assert_close(ulma_loss(*at, scores, *more, True), -logps * z + (1 - z) * squared)
+
 
 def test_pairwise_dpo_is_its_equation_and_gradient_and_log_z_cancels():
-    (logps_w, ref_w, _), (logps_l, ref_l, _) = draw(seed=1), draw(seed=2)
+    (logps_w, ref_w, _), (logps_l, ref_l, _) = draw(1), draw(2)
     loss = dpo_loss(logps_w, logps_l, ref_w, ref_l, 0.3)
-    gaps = (implicit_reward(logps_w, ref_w, 0.3, 7.0) - implicit_reward(logps_l, ref_l, 0.3, 7.0)).tolist()
-    assert loss.tolist() == pytest.approx([-math.log(sigma(gap)) for gap in gaps])
-    gradients = torch.autograd.grad(loss.sum(), (logps_w, logps_l))  # −β σ(r_l − r_w) (∇_w − ∇_l)
-    assert gradients[0].tolist() == pytest.approx([-0.3 * sigma(-gap) for gap in gaps])
-    assert gradients[1].tolist() == pytest.approx([0.3 * sigma(-gap) for gap in gaps])
+    gap = implicit_reward(logps_w, ref_w, 0.3, 7.0) - implicit_reward(logps_l, ref_l, 0.3, 7.0)
+    assert_close(loss, -sigma(gap).log())
+    pull = 0.3 * sigma(-gap)  # −β σ(r_l − r_w) (∇_w − ∇_l)
+    assert_close(torch.autograd.grad(loss.sum(), (logps_w, logps_l)), (-pull, pull))
+
 
 def test_the_gradients_are_the_papers():
-    logps, ref_logps, labels = draw()
+    logps, ref_logps, z = draw()
     scores = torch.rand(64, dtype=torch.float64)
-    rewards = [0.3 * (a - b + 0.5) for a, b in zip(logps.tolist(), ref_logps.tolist())]
-    binary = [-0.3 * (1 - sigma(r)) if z else 0.3 * sigma(r) for r, z in zip(rewards, labels.tolist())]
-    squared = [-2 * 0.3 * (z - r) for z, r in zip(scores.tolist(), rewards)]
-    assert grad(sft_loss(logps), logps) == [-1.0] * 64
-    assert grad(pointwise_dpo_loss(logps, ref_logps, labels, 0.3, 0.5), logps) == pytest.approx(binary)
-    at_scores = pointwise_dpo_loss(logps, ref_logps, scores, 0.3, 0.5, True)
-    assert grad(at_scores, logps) == pytest.approx(squared)
-    unbraked = [-1.0 if z else g for z, g in zip(labels.tolist(), binary)]
-    assert grad(ulma_loss(logps, ref_logps, labels, 0.3, 0.5), logps) == pytest.approx(unbraked)
+    r = 0.3 * (logps - ref_logps + 0.5)
+    at, more, binary = (logps, ref_logps), (0.3, 0.5), -0.3 * (z - sigma(r))
+    assert_close(grad(sft_loss(logps), logps), -torch.ones_like(logps))
+    assert_close(grad(pointwise_dpo_loss(*at, z, *more), logps), binary)
+    assert_close(grad(pointwise_dpo_loss(*at, scores, *more, True), logps), -0.6 * (scores - r))
+    assert_close(grad(ulma_loss(*at, z, *more), logps), binary.where(z == 0, -1.0))
+
 
 @pytest.mark.parametrize("continuous", [False, True])
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
@@ -78,184 +103,273 @@ def test_the_prior_log_z_zeroes_the_mean_coefficient_at_the_start(continuous, sh
     prior = prior_log_z(labels.mean().item(), 0.3, continuous)
     for log_z, balanced in ((prior, True), (0.0, share == 0.5 and not continuous)):
         logps = torch.zeros(60, dtype=torch.float64, requires_grad=True)  # π_θ = π_ref
-        pull = sum(grad(pointwise_dpo_loss(logps, torch.zeros(60), labels, 0.3, log_z, continuous), logps))
-        assert (abs(pull) < 1e-9) is balanced
+        loss = pointwise_dpo_loss(logps, torch.zeros(60), labels, 0.3, log_z, continuous)
+        assert (grad(loss, logps).sum().abs() < 1e-9) == balanced
+
+
+def optimum(expected_loss):
+    """The distribution over six responses at which the expected loss is least."""
+    logits = torch.zeros(6, dtype=torch.float64, requires_grad=True)
+    options = {"max_iter": 2000, "tolerance_grad": 1e-13, "tolerance_change": 0}
+    solver = torch.optim.LBFGS([logits], line_search_fn="strong_wolfe", **options)
+
+    def closure():
+        solver.zero_grad()
+        loss = expected_loss(logits.log_softmax(0)).sum()
+        loss.backward()
+        return loss
+
+    solver.step(closure)
+    return logits.softmax(0).detach()
+
+
+def over_labels(loss, share, logps, *more):
+    """The loss's expectation where that share of a response's labels is 1."""
+    good, bad = (loss(logps, more[0].log(), torch.full((6,), z), *more[1:]) for z in (1, 0))
+    return share * good + (1 - share) * bad
+
 
 @pytest.mark.parametrize("continuous", [False, True])
 def test_the_optimum_of_alignment_is_recovered_with_the_true_log_z(continuous, beta=0.5):
-    ref = torch.tensor([0.30, 0.25, 0.20, 0.12, 0.08, 0.05], dtype=torch.float64)
     reward = torch.tensor([-1.0, 0.5, 1.5, -0.3, 0.9, 2.0], dtype=torch.float64)
-    z = (ref * (reward / beta).exp()).sum()
+    z = (REF * (reward / beta).exp()).sum()
     for log_z, recovered in ((z.log(), True), (0.0, False)):
-        logits = torch.zeros(6, dtype=torch.float64, requires_grad=True)
-        solver = torch.optim.LBFGS([logits], max_iter=2000, tolerance_grad=1e-13, tolerance_change=0,
-                                   line_search_fn="strong_wolfe")
-        def expected_loss():  # over responses from π_ref, and labels: z ~ Bernoulli(σ(r)), or z = r + noise
-            solver.zero_grad()
-            logps = logits.log_softmax(0)
-            good, bad = (pointwise_dpo_loss(logps, ref.log(), torch.full((6,), y), beta, log_z)
-                         for y in (1, 0))
-            loss = reward.sigmoid() * good + (1 - reward.sigmoid()) * bad
+
+        def loss(logps, log_z=log_z):  # of responses from π_ref; z ~ Bernoulli(σ(r)), or r + noise
             if continuous:
-                loss = pointwise_dpo_loss(logps, ref.log(), reward, beta, log_z, True)
-            (ref * loss).sum().backward()
-            return (ref * loss).sum()
-        solver.step(expected_loss)
-        distance = (logits.softmax(0) - ref * (reward / beta).exp() / z).abs().max()
+                return REF * pointwise_dpo_loss(logps, REF.log(), reward, beta, log_z, True)
+            more = reward.sigmoid(), logps, REF, beta, log_z
+            return REF * over_labels(pointwise_dpo_loss, *more)
+
+        distance = (optimum(loss) - REF * (reward / beta).exp() / z).abs().max()
         assert distance < 1e-6 if recovered else distance > 0.05
 
-# ---- Log-probabilities -------------------------------------------------------------------------------------
-TINY = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=8, max_position_embeddings=128, pad_token_id=0, bos_token_id=1,
-            eos_token_id=2)
+
+@pytest.mark.parametrize("beta, log_z", [(0.1, 0.0), (0.1, 3.0), (1.0, -2.0), (3.0, 0.5)])
+@pytest.mark.parametrize("ref", [REF, REF.flip(0)])
+def test_ulmas_own_optimum_is_the_thumbs_up_or_its_formula_where_labels_disagree(beta, log_z, ref):
+    def policy(share):
+        return optimum(lambda logps: MU * over_labels(ulma_loss, share, logps, ref, beta, log_z))
+
+    up = torch.tensor([0, 1, 0, 1, 1, 0]).double()
+    assert_close(policy(up), MU * up / (MU * up).sum(), rtol=0, atol=1e-4)
+    share = torch.tensor([0.9, 0.8, 0.95, 0.85, 0.99, 1.0]).double()
+    mixed = policy(share)
+    r = beta * ((mixed / ref).log() + log_z)
+    expected = MU * (share - (1 - share) * beta * sigma(r))
+    assert_close(mixed, expected / expected.sum(), rtol=0, atol=1e-6)
+
+
+# ---- Log-probabilities ----
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+SIZES |= {"max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
 ARCHITECTURES = {  # several of these scale or cap their logits, in ways that change the result
-    "gpt2": dict(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=128, attn_pdrop=0, resid_pdrop=0,
-                 embd_pdrop=0),
-    "llama": TINY, "gemma2": {**TINY, "final_logit_softcapping": 2.0, "query_pre_attn_scalar": 8},
-    "qwen3": TINY, "cohere": {**TINY, "logit_scale": 0.25}, "granite": {**TINY, "logits_scaling": 3.0}}
+    "gpt2": GPT2,
+    "llama": SIZES,
+    "gemma2": SIZES | {"final_logit_softcapping": 2.0, "query_pre_attn_scalar": 8},
+    "qwen3": SIZES,
+    "cohere": SIZES | {"logit_scale": 0.25},
+    "granite": SIZES | {"logits_scaling": 3.0},
+}
+
 
 def tiny(name, **changes):  # a random model of a few thousand weights, with logits far from uniform
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(name, **{**ARCHITECTURES.get(name, {}), **changes})
-    model = AutoModelForCausalLM.from_config(config)
+    sizes = {"vocab_size": 61} | ARCHITECTURES.get(name, SIZES) | changes
+    config = transformers.AutoConfig.for_model(name, **sizes)
+    model = AutoModelForCausalLM.from_config(config).eval()
     for parameter in model.get_output_embeddings().parameters():
         parameter.data *= 20
     return model
-def batch():  # input_ids and response_mask, padded on the right, and the unpadded (prompt, response) rows
-    rows = [([9, 3, 44, 7, 30], [12, 8, 60, 5]), ([17], [33, 4, 21, 50, 6, 11]), ([40, 25, 3], [58]),
-            ([5, 6, 7, 8, 9, 10, 11], [])]
-    padded = [p + r + [0] * (9 - len(p + r)) for p, r in rows]
-    masks = [[0] * len(p) + [1] * len(r) + [0] * (9 - len(p + r)) for p, r in rows]
-    return torch.tensor(padded), torch.tensor(masks), rows
-def token_by_token(model, rows):
-    """Σ log π(y_t | x, y_<t), each term from a forward pass of its own over an unpadded prefix."""
-    def term(prefix, token):
-        return model(input_ids=torch.tensor([prefix])).logits[0, -1].log_softmax(-1)[token]
-    zero = torch.zeros(())
-    return torch.stack([sum((term(p + r[:t], r[t]) for t in range(len(r))), zero) for p, r in rows])
+
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_response_logps_is_the_sum_over_response_tokens_alone(name):
-    model = tiny(name)
-    input_ids, response_mask, rows = batch()
-    expected, actual = token_by_token(model, rows), response_logps(model, input_ids, response_mask)
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
-    assert actual.dtype == torch.float32 and actual[3] == 0  # the last row has no response
-    gradients = (torch.autograd.grad(total.sum(), list(model.parameters())) for total in (actual, expected))
-    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
-    noise = torch.where(torch.arange(input_ids.shape[1]) < torch.tensor([[9], [7], [4], [7]]), input_ids, 7)
-    assert torch.equal(actual, response_logps(model, noise, response_mask.bool()))  # whatever pads
+    model, expected = tiny(name), [torch.zeros(())] * 4
+    ids = torch.tensor([[9, 3, 44, 7, 30, 12, 8, 60, 5], [17, 33, 4, 21, 50, 6, 11, 0, 0]])
+    ids = torch.cat([ids, ids.flip(1)])
+    starts, ends = (5, 1, 3, 7), (9, 7, 4, 7)  # of the responses; the last is empty
+    places = torch.arange(9).expand(4, 9)
+    mask = (places >= torch.tensor(starts)[:, None]) & (places < torch.tensor(ends)[:, None])
+    for i, (start, end) in enumerate(zip(starts, ends)):
+        for t in range(start, end):  # each token from a forward pass of its own over a prefix
+            logits = model(input_ids=ids[i : i + 1, :t]).logits[0, -1]
+            expected[i] = expected[i] + logits.log_softmax(-1)[ids[i, t]]
+    expected, actual = torch.stack(expected), ulma.response_logps(model, ids, mask)
+    assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    assert actual.dtype == torch.float32 and actual[3] == 0
+    padded = ids.where(places < torch.tensor(ends)[:, None], 7)  # with whatever
+    assert actual.equal(ulma.response_logps(model, padded, mask.long()))
+    gradients = [torch.autograd.grad(x.sum(), [*model.parameters()]) for x in (actual, expected)]
+    assert_close(*gradients, rtol=1e-3, atol=1e-3)
 
-# ---- Rows for the tests below ------------------------------------------------------------------------------
+
+def row(name="x", length=3, **more):
+    mask = torch.arange(length) > 0
+    return ulma.Row(str(name), torch.arange(length) + 5, mask, **{"label": 1.0, **more})
+
+
+def test_collate_pads_rows_on_the_right():
+    batch = ulma.collate([row(), row(length=2)])
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [5, 6, 0]]
+    assert batch["response_mask"].tolist() == [[False, True, True], [False, True, False]]
+
+
+# ---- Runs for the tests below ----
+FAST = "--max-length 64 --max-new-tokens 8 --epochs 2 --learning-rate 3e-3 --batch-size 4 --beta .7"
+
+
 def write(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
-def read(path): return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def point(i, label=1, **more):
     return {"prompt": f"Question {i}?", "completion": f" Answer {i}.", "label": label, **more}
-def stand_in(folder, name="llama", tokenizer=None, dtype=torch.float32, **changes):
+
+
+def stand_in(folder, name="llama", tokenizer=TOKENIZER, dtype=torch.float32, **changes):
     """A folder as from the hub: a random model and its tokenizer."""
-    tokenizer = tokenizer or TOKENIZER
     model = tiny(name, **{"vocab_size": len(tokenizer), **changes}).to(dtype)
     model.save_pretrained(folder, max_shard_size="40KB")
     tokenizer.save_pretrained(folder)
     return folder
-def read_model(folder): return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-def weights(folder): return read_model(folder).state_dict()
-def flat(state): return torch.cat([value.flatten() for value in state.values()])
-RATED = [point(i % 3, int(i % 3 == i // 3), completion=f" Answer {i}{' and more' * (i % 4)}.",
-               score=[0.0, 0.3, 1.0][(i + i // 3) % 3]) for i in range(10)]
+
+
+POINTS = [point(i // 2, i % 2) for i in range(20)]
+TEXTS = [f" Answer {i}{' and more' * (i % 4)}." for i in range(10)]
+RATED = [point(i % 3, int(i % 3 == i // 3), completion=TEXTS[i]) for i in range(10)]
+SCORES = [[0.0, 0.3, 1.0][(i + i // 3) % 3] for i in range(10)]
+MIXED = [{"label": 1} if score == 1 else {"label": None, "score": score} for score in SCORES]
+DATA = {
+    "rated": [{**row, "score": score} for row, score in zip(RATED, SCORES)],
+    "weighted": [{**row, "score": SCORES[i], "weight": i % 3} for i, row in enumerate(RATED)],
+    "mixed": [row | rating for row, rating in zip(RATED, MIXED)],
+}
+
+
 @pytest.fixture(scope="session")
-def small(tmp_path_factory):  # a tiny model; ten rated rows to train on, three with references to test on
+def small(tmp_path_factory):
+    """A tiny model; ten rated rows to train on, three with answers to test on."""
     folder = tmp_path_factory.mktemp("small")
     stand_in(folder / "model")
-    write(folder / "data" / "train.jsonl", RATED)
-    write(folder / "data" / "test.jsonl", [{**row, "references": [row["completion"]], "group": "abc"[i]}
-                                           for i, row in enumerate(RATED[:3])])
+    for name, rows in DATA.items():
+        write(folder / name / "train.jsonl", rows)
+        write(folder / name / "test.jsonl", [{**row, "answers": TEXTS} for row in RATED[:3]])
     return folder
 
+
+def options(small, flags, paths):
+    paths = {"model": small / "model", "data": small / "rated"} | paths
+    named = [f"--{name.replace('_', '-')}={path}" for name, path in paths.items()]
+    return [*FAST.split(), *named, *flags.split()]
+
+
 @pytest.fixture(scope="session")
-def run(small, tmp_path_factory):  # run(flags): the metrics and the output folder of a run of a second
-    def call(*flags):
-        out = tmp_path_factory.mktemp("runs") / "out"
-        defaults = ("--model", small / "model", "--data", small / "data", "--max-length", 64, "--epochs", 2,
-                    "--learning-rate", 3e-3, "--batch-size", 4, "--beta", 0.7, "--output-dir", out)
-        return ulma.main([*map(str, defaults), *map(str, flags)]), out
+def run(small, tmp_path_factory):
+    """run(flags, model=…, data=…): the metrics and the output folder of a run of a second."""
+
+    def call(flags="", **paths):
+        paths = {"output_dir": tmp_path_factory.mktemp("runs") / "out"} | paths
+        return ulma.main(options(small, flags, paths)), Path(paths["output_dir"])
+
     return call
 
-@pytest.fixture(scope="session")
-def finished(run):
-    return run("--method", "pointwise-dpo", "--gradient-checkpointing", "--epochs", 8)
 
-def error_of(capsys, call, *flags):  # the one line that a user's mistake gets
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        call(*flags)
-    [line] = [line for line in capsys.readouterr().err.splitlines() if "ulma.py: " in line]
+def error_of(run, flags="", **paths):  # the one line that a user's mistake gets
+    with redirect_stderr(io.StringIO()) as told, pytest.raises(SystemExit) as stop:
+        run(flags, **paths)
+    [line] = [line for line in told.getvalue().splitlines() if "ulma.py: " in line]
     assert stop.value.code == 2
     return line
 
-# ---- From the option to the weights, through main alone ----------------------------------------------------
-PAPER = {  # the loss of a row, or of a pair, by the paper: d is log π_θ − log π_ref, c is β log Z
-    "ulma": lambda logp, d, z, b, c: -logp if z == 1 else -logsigmoid(-(b * d + c)),
-    "pointwise-dpo": lambda logp, d, z, b, c: -logsigmoid(b * d + c) if z == 1 else -logsigmoid(-(b * d + c)),
-    "sft": lambda logp, d, z, b, c: -logp,
-    "dpo": lambda chosen, rejected, b: -logsigmoid(b * (chosen - rejected)),
-    "ulma --continuous": lambda logp, d, z, b, c: -logp if z == 1 else (z - b * d - c) ** 2,
-    "pointwise-dpo --continuous": lambda logp, d, z, b, c: (z - b * d - c) ** 2}
-PAPER |= {f"{name} --balanced": loss for name, loss in PAPER.items() if name not in ("sft", "dpo")}
+
+# ---- From the option to the weights, through main alone ----
+METHODS = ["ulma", "pointwise-dpo", "ulma --continuous", "pointwise-dpo --continuous"]
+CASES = [f"{data} {method}" for data in ("rated", "weighted") for method in (*METHODS, "sft")]
+CASES += [f"rated {method} --balanced" for method in METHODS]
+CASES += [f"rated {method} --average" for method in (METHODS[0], METHODS[3], "dpo")]
+CASES += ["rated dpo", "mixed ulma --continuous", "mixed pointwise-dpo --continuous --balanced"]
+CASES += ["rated ulma --average --balanced --log-z 0"]  # the authors' code
+NOISY = {"attention_dropout": 0.5, "dropout": 0.5, "router_jitter_noise": 0.1, "vocab_size": 768}
+NOISY |= {"query_pre_attn_scalar": 8, "ffn_dim": 48, "word_embed_proj_dim": 32} | SIZES
+VISION = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
+
+
+def naive_logp(model, row, flags=""):  # log π(y|x) of one row without padding
+    prompt = TOKENIZER(row["prompt"]).input_ids
+    ids = torch.tensor(prompt + TOKENIZER(row["completion"]).input_ids + [TOKENIZER.eos_token_id])
+    logps = model(input_ids=ids[None]).logits[0].log_softmax(-1)
+    terms = torch.stack([logps[t - 1, ids[t]] for t in range(len(prompt), len(ids))])
+    return terms.mean() if "--average" in flags else terms.sum()
+
+
+def naive_loss(flags, model, reference, rows=RATED, beta=0.7):
+    """The paper's mean loss over all rows, and the mean rewards of high and of low labels."""
+    method, continuous = flags.split()[0], "--continuous" in flags
+    z = torch.tensor(SCORES if continuous else [float(row["label"]) for row in rows])
+    weight = torch.tensor([row.get("weight", 1) for row in rows])
+    good, high = z == 1, z > 0.5
+    mean_label = (weight * z).sum() / weight.sum()
+    if "--balanced" in flags:
+        mean_label = (1 + z[~good].mean()) / 2
+    c = mean_label if continuous else mean_label.logit()  # β log Z
+    logps = torch.stack([naive_logp(model, row, flags) for row in rows])
+    ref_logps = torch.stack([naive_logp(reference, row, flags) for row in rows]).detach()
+    rewards = beta * (logps - ref_logps) + (0 if "--log-z 0" in flags else c)
+    losses = (z - rewards) ** 2 if continuous else -logsigmoid((2 * z - 1) * rewards)
+    if method != "pointwise-dpo":
+        losses = torch.where(good, -logps, losses)
+    losses = weight * losses
+    total = losses[good].mean() if method == "sft" else losses.mean()
+    if "--balanced" in flags:  # half of the authors' loss, which is the sum of these means
+        total = (losses[good].mean() + losses[~good].mean()) / 2
+    if method == "dpo":
+        pairs = itertools.product(good.nonzero(), (~good).nonzero())
+        gaps = [rewards[i] - rewards[j] for i, j in pairs if i % 3 == j % 3]  # of one prompt
+        total = -logsigmoid(torch.cat(gaps)).mean()
+    return total, [rewards[high].mean().item(), rewards[~high].mean().item()]
+
+
 @pytest.fixture
 def watched(monkeypatch, run):
-    """watched(flags): for each step (weights, the gradient given to clip_grad_norm_), the log, results."""
+    """watched(flags): for each step (weights, gradient before clipping), the log, the results."""
     clip, steps = torch.nn.utils.clip_grad_norm_, []
+
     def spy(parameters, bound):
         parameters = list(parameters)
         gradient = torch.cat([p.grad.flatten() for p in parameters])
         steps.append(([p.detach().clone() for p in parameters], gradient))
         return clip(parameters, bound)
+
+    def call(flags, **paths):  # a step holds all rows
+        steps.clear()
+        results, out = run(f"--epochs 3 --gradient-accumulation 3 {flags}", **paths)
+        return list(steps), read(out / "log.jsonl"), results
+
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
-    def call(*flags):
-        results, out = run("--epochs", 3, "--gradient-accumulation", 3, *flags)
-        return steps, read(out / "log.jsonl"), results
     return call
 
-def naive_logp(model, row):  # log π(y|x) of one row without padding
-    prompt = TOKENIZER(row["prompt"]).input_ids
-    ids = torch.tensor(prompt + TOKENIZER(row["completion"]).input_ids + [TOKENIZER.eos_token_id])
-    logps = model(input_ids=ids[None]).logits[0].log_softmax(-1)
-    return sum(logps[t - 1, ids[t]] for t in range(len(prompt), len(ids)))
-def naive_loss(method, model, reference, rows=RATED, beta=0.7):
-    """The mean of the paper's loss over all rows, and the mean rewards of positives and of negatives."""
-    label = "score" if "continuous" in method else "label"
-    z = [row[label] for row in rows]
-    logps = [naive_logp(model, row) for row in rows]
-    deltas = [logp - naive_logp(reference, row).item() for logp, row in zip(logps, rows)]
-    weights, mean_label = [1.0] * len(rows), sum(z) / len(z)
-    if "balanced" in method:  # label 1 and all others make up half of the loss each
-        weights = [len(z) / 2 / (z.count(1) if y == 1 else len(z) - z.count(1)) for y in z]
-        mean_label = sum(w * y for w, y in zip(weights, z)) / len(z)
-    c = mean_label if "continuous" in method else math.log(mean_label / (1 - mean_label))
-    if method == "dpo":
-        losses = [PAPER[method](deltas[i], deltas[j], beta) for i, w in enumerate(rows)
-                  for j, l in enumerate(rows) if w["prompt"] == l["prompt"] and w["label"] > l["label"]]
-    else:
-        losses = [w * PAPER[method](logp, d, y, beta, c) for logp, d, y, w in zip(logps, deltas, z, weights)
-                  if method != "sft" or y == 1]
-    rewards = [[(beta * d + c).item() for d, row in zip(deltas, rows) if row["label"] == y] for y in (1, 0)]
-    return sum(losses) / len(losses), [sum(r) / len(r) for r in rewards]
 
-@pytest.mark.parametrize("method", PAPER)
-def test_a_steps_gradient_and_log_are_those_of_the_papers_mean_loss(watched, small, method):
-    steps, log, _ = watched("--method", *method.split())
-    model, losses = read_model(small / "model"), []
-    reference, optimizer = copy.deepcopy(model), torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.0)
+@pytest.mark.parametrize("case", CASES)
+def test_a_steps_gradient_and_log_are_those_of_the_papers_mean_loss(watched, small, case):
+    data, flags = case.split(maxsplit=1)
+    steps, [line], _ = watched(f"--method {flags}", data=small / data)
+    model, reference, figures = read_model(small / "model"), read_model(small / "model"), []
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.0)
     for done, (values, gradient) in enumerate(steps):
         for parameter, value in zip(model.parameters(), values):
-            assert (parameter - value).norm() < 1e-3
+            assert (parameter - value).norm() < 1e-2
             parameter.data.copy_(value)
-        loss, rewards = naive_loss(method, model, reference)
-        losses.append((loss.item(), rewards))
+        loss, rewards = naive_loss(flags, model, reference, DATA[data])
+        figures.append((loss.item(), *rewards))
         optimizer.zero_grad()
         loss.backward()
         expected = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
@@ -264,439 +378,89 @@ def test_a_steps_gradient_and_log_are_those_of_the_papers_mean_loss(watched, sma
             parameter.grad /= max(expected.norm(), 1)
         optimizer.param_groups[0]["lr"] = 3e-3 * (1 + math.cos(math.pi * done / 3)) / 2
         optimizer.step()
-    assert len(steps) == 3 and [line["step"] for line in log] == [3]
-    assert log[0]["loss"] == pytest.approx(sum(loss for loss, _ in losses) / 3, rel=1e-4)
-    assert log[0]["gradient_norm"] == pytest.approx(expected.norm().item(), rel=1e-3)
-    assert method != "sft" or log[0]["reward_positive"] is None  # it reads no reference
-    if method in ("ulma", "pointwise-dpo"):
-        for i, name in enumerate(("reward_positive", "reward_negative")):
-            assert log[0][name] == pytest.approx(sum(rewards[i] for _, rewards in losses) / 3, rel=1e-3)
+    loss, *rewards = torch.tensor(figures).mean(0).tolist()
+    assert len(steps) == line["step"] == 3
+    assert line["gradient_norm"] == pytest.approx(expected.norm().item(), rel=1e-3)
+    assert line["loss"] == pytest.approx(loss, rel=1e-4)
+    if "dpo" != flags.split()[0]:  # where a row has several pairs; SFT reads no reference
+        expected = [None, None] if flags == "sft" else pytest.approx(rewards, rel=1e-3)
+        assert [line["reward_positive"], line["reward_negative"]] == expected
 
-def test_reward_auc_is_against_the_initial_model_or_the_reference(finished, run, small):
-    results, out = finished
+
+def test_reward_auc_and_perplexity_are_of_the_test_rows_against_the_reference(run, small):
+    results, out = run("--method pointwise-dpo --gradient-checkpointing --epochs 8")
     model, reference = read_model(out), read_model(small / "model")
-    gains = [(naive_logp(model, row) - naive_logp(reference, row)).item() for row in RATED[:3]]
-    wins = [gains[i] > gains[j] for i in range(3) for j in range(3) if RATED[i]["label"] > RATED[j]["label"]]
-    assert results["before"]["reward_auc"] == 0.5 and results["after"]["reward_auc"] == sum(wins) / len(wins)
-    [row] = [row for row in RATED[:3] if row["label"]]  # of demonstrations alone, a token:
-    nats = -naive_logp(model, row).item() / (len(TOKENIZER(row["completion"]).input_ids) + 1)
-    assert results["after"]["perplexity"] == pytest.approx(math.exp(nats), rel=1e-4)
-    again = run("--eval-only", "--model", out, "--reference", small / "model")[0]["eval"]
+    gains = [naive_logp(model, row) - naive_logp(reference, row) for row in RATED[:3]]
+    wins = [bool(gains[0] > gain) for gain in gains[1:]]  # the first row alone has label 1
+    assert (results["before"]["reward_auc"], results["after"]["reward_auc"]) == (0.5, sum(wins) / 2)
+    nats = -naive_logp(model, RATED[0], "--average").item()
+    perplexity = pytest.approx(math.exp(nats), rel=1e-4)
+    assert results["after"]["perplexity"] == perplexity
+    again = run("--eval-only", model=out, reference=small / "model")[0]["eval"]
     assert again == pytest.approx(results["after"])
-    assert run("--eval-only", "--model", out)[0]["eval"]["reward_auc"] is None
+    averaged = run("--eval-only --average", model=out)[0]["eval"]
+    assert averaged == {**averaged, "perplexity": perplexity, "reward_auc": None}  # no reference
 
-def test_with_a_reference_of_its_own_training_starts_elsewhere(watched, finished, small, monkeypatch):
-    alive, original = weakref.WeakSet(), ulma.load_model
-    def load_model(*arguments):
-        assert not alive  # the reference has left memory when the policy comes
-        alive.add(model := original(*arguments))
-        return model
-    monkeypatch.setattr(ulma, "load_model", load_model)
-    flags = "--method", "pointwise-dpo", "--gradient-checkpointing", "--reference", small / "model"
-    steps, _, results = watched("--model", finished[1], *flags)
-    loss, _ = naive_loss("pointwise-dpo", model := read_model(finished[1]), read_model(small / "model"))
-    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+
+def test_with_a_reference_of_its_own_training_starts_elsewhere(watched, run, small):
+    first, trained = run("--method pointwise-dpo --epochs 8")
+    paths = {"model": trained, "reference": small / "model"}
+    steps, _, results = watched("--method pointwise-dpo --gradient-checkpointing", **paths)
+    model, reference = map(read_model, paths.values())
+    naive_loss("pointwise-dpo", model, reference)[0].backward()
+    expected = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
     assert (steps[0][1] - expected).norm() < 1e-3 * expected.norm()
-    assert results["before"] == pytest.approx(finished[0]["after"])
-    _, log, _ = watched("--method", "sft", *flags[2:])  # which reads it only where it is given
-    assert log[0]["reward_positive"] > 0
+    assert results["before"] == pytest.approx(first["after"])
+    _, [line], _ = watched("--method sft", **paths)  # which reads it only where it is given
+    assert line["reward_positive"] > 0
 
-def test_rewards_start_at_zero_whatever_is_noisy_in_training_mode(run, tmp_path):
-    text = {**TINY, "vocab_size": 768, "attention_dropout": 0.5, "query_pre_attn_scalar": 8}
-    vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
-    noisy = {"llama": dict(attention_dropout=0.5), "gemma3": dict(text_config=text, vision_config=vision),
-             "opt": dict(dropout=0.5, ffn_dim=48, word_embed_proj_dim=32),
-             "mixtral": dict(router_jitter_noise=0.1, num_local_experts=4)}
-    data = write(tmp_path / "rows.jsonl", [point(i // 2, i % 2) for i in range(8)])  # balanced: log Z is 0
-    for (name, changes), more in itertools.product(noisy.items(), ([], ["--gradient-checkpointing"])):
-        folder = stand_in(tmp_path / name, name, **{**TINY, "vocab_size": 768, **changes})
-        _, out = run("--model", folder, "--data", data, "--epochs", 1, "--batch-size", 8, *more)
+
+@pytest.mark.parametrize("name", ["llama", "opt", "mixtral", "gemma3"])
+def test_rewards_start_at_beta_log_z_whatever_is_noisy_in_training_mode(run, tmp_path, name):
+    nested = {"text_config": NOISY, "vision_config": VISION}
+    stand_in(tmp_path, name, **(nested if name == "gemma3" else NOISY))
+    for more in ("", "--gradient-checkpointing"):
+        results, out = run(f"--epochs 1 --batch-size 10 {more}", model=tmp_path)
         [line] = read(out / "log.jsonl")
-        assert abs(line["reward_positive"]) < 1e-4 and abs(line["reward_negative"]) < 1e-4, name
+        start = 0.7 * torch.tensor(results["options"]["log_z"]).float()
+        assert line["reward_positive"] == line["reward_negative"] == start.item() != 0
 
-def test_checkpointing_runs_each_block_again(run, monkeypatch):
-    calls, block = [], transformers.models.llama.modeling_llama.LlamaDecoderLayer
-    monkeypatch.setattr(block, "forward", lambda *args, original=block.forward, **more: (
-        calls.append(torch.is_grad_enabled()), original(*args, **more))[1])
-    assert run("--gradient-checkpointing") and sum(calls) == 2 * 2 * 6  # passes, blocks, steps
 
-# ---- Data --------------------------------------------------------------------------------------------------
-def load(data, tokenizer=None, **options):
-    return ulma.load_rows(ulma.Options(data=str(data), **options), tokenizer or TOKENIZER)
-def parse(*records, tokenizer=TOKENIZER, **options):
-    return ulma.parse(list(records), "train", ulma.Options(**options), tokenizer)
+def test_checkpointing_runs_each_block_again(run):
+    def count(module, *_):
+        calls.append(torch.is_grad_enabled() and type(module).__name__ == "LlamaMLP")
 
-def texts(rows): return [(row.prompt, row.completion, row.label) for row in rows]
+    calls = []
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(count)
+    run("--gradient-checkpointing")
+    hook.remove()
+    assert sum(calls) == 2 * 2 * 6  # passes, blocks, steps
 
-def halves(row): return row.input_ids[~row.response_mask], row.input_ids[row.response_mask]
-def decoded(rows, tokenizer): return [tuple(map(tokenizer.decode, halves(row))) for row in rows]
-PROMPT = "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Bye\n\nAssistant:"
-def test_a_pair_becomes_two_pointwise_rows():
-    for before, opening in ((PROMPT, ""), (None, PROMPT)):  # as in HH-RLHF
-        record = {"prompt": before, "chosen": f"{opening} Good.", "rejected": opening}
-        assert texts(parse(record)) == [(PROMPT, " Good.", 1), (PROMPT, "", 0)]
-    rows = parse(*({"prompt": "Rank!", "chosen": a, "rejected": b} for a, b in ("AB", "BC")))
-    assert [a.completion + b.completion for a, b in ulma.training_items(rows, "dpo")] == ["AB", "BC"]
-# Chat templates by what sets them apart: the end of a turn, and what comes before and after it.
-CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-PHI3 = ("{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}")
-GEMMA = ("{{ bos_token }}{% for m in messages %}<turn>{{ m.role }}\n{{ m.content | trim }}<eot>\n{% endfor %}"
-         "{% if add_generation_prompt %}<turn>assistant\n{% endif %}")
-PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"  # without any special token
-CALLS = "{% for c in m.tool_calls %}{{ c.function.name }} {{ c.function.arguments | tojson }}{% endfor %}"
-CALLING = "{{ tools | tojson }}\n" + CHATML.replace("{{ m.content }}", "{{ m.content }}" + CALLS)
-THINKING = CHATML.replace("<|im_start|>assistant\n{% endif", "<|im_start|>assistant\n<think>\n{% endif")
-FORGETFUL = CHATML.replace("m.content", "m.content.split('</think>')[-1]")
 
-def chat_tokenizer(template, bos=None, eos="<|im_end|>"):
-    """data/base's tokenizer with a chat template, special tokens and, if it is given, BOS before texts."""
-    tokenizer = AutoTokenizer.from_pretrained(HERE / "data" / "base")
-    extra = ["<|im_start|>", "<|im_end|>", "<|end|>", "<turn>", "<eot>"]
-    tokenizer.add_special_tokens({"eos_token": eos, "additional_special_tokens": extra})
-    tokenizer.chat_template = template
-    if bos:
-        tokenizer.add_special_tokens({"bos_token": bos})
-        tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-            single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)])
-    return tokenizer
-def chat(*contents):
-    return [dict(role=("user", "assistant")[i % 2], content=text) for i, text in enumerate(contents)]
+def test_another_loss_is_another_function_for_train(small, tmp_path):
+    def unlikelihood(model, items, args):
+        losses, rewards, labels = ulma.batch_losses(model, items, args)
+        return -losses, rewards, labels
 
-CHAT, GOOD, BAD = chat("Hi", "Hello!", "Bye"), chat("", "Good.")[1:], chat("", "Go.")[1:]
-OPENING = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>\n"
-OPENING += "<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n"
+    args = ulma.read_options(options(small, "--method sft --log-z 0", {}))
+    items = ulma.training_items(ulma.load_items(args, TOKENIZER)[0], "sft")
+    model = ulma.load_model(args.model, args, TOKENIZER)
+    ulma.train(model, items, args, tmp_path, losses_of=unlikelihood)
+    after = ulma.all_logps(model, ulma.rows_of(items), args, "after")
+    assert after.mean() < read(tmp_path / "log.jsonl")[-1]["loss"] < -10
 
-CHATML_BYE = OPENING[OPENING.rindex("<|im_start|>user"):]
-@pytest.mark.parametrize("template, bos, eos, opening, ending", [
-    (CHATML, None, "<|im_end|>", CHATML_BYE, "Good.<|im_end|>"),
-    (CHATML, None, "<eos>", CHATML_BYE, "Good.<|im_end|>"),
-    (PHI3, None, "<eos>", "<|user|>\nBye<|end|>\n<|assistant|>\n", "Good.<|end|>"),
-    (GEMMA, "<bos>", "<eos>", "<bos><turn>user\nBye<eot>\n<turn>assistant\n", "Good.<eot>"),
-    (PLAIN, "<s>", "<eos>", "user: Bye\n", "assistant: Good.<eos>")])
-def test_tokens_are_those_of_the_template_up_to_the_end_of_the_turn(template, bos, eos, opening, ending):
-    tokenizer = chat_tokenizer(template, bos, eos)
-    rows = parse({"prompt": chat("Bye"), "completion": GOOD, "label": 1}, tokenizer=tokenizer)
-    assert decoded(rows, tokenizer) == [(opening, ending)]
-    deployed = tokenizer.apply_chat_template(chat("Bye"), add_generation_prompt=True, return_dict=False)
-    assert halves(rows[0])[0].tolist() == deployed
-
-PARTS = [{**m, "content": [{"type": "text", "text": text} for text in m["content"]], "tool_calls": None}
-         for m in CHAT]
-@pytest.mark.parametrize("record", [
-    {"prompt": CHAT, "chosen": GOOD, "rejected": BAD}, {"chosen": CHAT + GOOD, "rejected": CHAT + BAD},
-    {"prompt": CHAT, "chosen": CHAT + GOOD, "rejected": CHAT + BAD},
-    {"prompt": "Bye", "chosen": CHAT + GOOD, "rejected": CHAT + BAD, "score_chosen": 8.0},  # UltraFeedback
-    {"prompt": CHAT, "chosen": "Good.", "rejected": "Go."},
-    {"prompt": PARTS, "chosen": GOOD, "rejected": BAD, "tools": None},
-    {"completion": CHAT + GOOD, "label": True, "rating": 5}, {"messages": CHAT + GOOD, "label": True}])
-def test_a_conversation_is_read_in_every_form(record):
-    tokenizer = chat_tokenizer(CHATML)
-    answers = ["Good.", "Go."] if "chosen" in record else ["Good."]
-    rows = decoded(parse(record, tokenizer=tokenizer), tokenizer)
-    assert rows == [(OPENING, f"{answer}<|im_end|>") for answer in answers]
-
-def answer(**more):
-    return {"prompt": chat("Hi"), "completion": [{"role": "assistant", "content": "x", **more}], "label": 1}
-
-def test_tools_reach_the_prompt_and_calls_the_response():
-    tokenizer, tools = chat_tokenizer(CALLING), [{"type": "function", "function": {"name": "weather"}}]
-    call = {"function": {"name": "weather", "arguments": {"at": "Rome"}}}
-    [row] = parse({**answer(content=None, tool_calls=[call]), "tools": tools}, tokenizer=tokenizer)
-    [(prompt, response)] = decoded([row], tokenizer)
-    assert prompt.startswith(f"{json.dumps(tools)}\n<|im_start|>user")
-    assert response == 'weather {"at": "Rome"}<|im_end|>'
-
-CALL = {"function": {"name": "weather", "arguments": '{"at": "Rome"}'}}
-@pytest.mark.parametrize("template, record, told", [
-    (THINKING, answer(), "ends prompts with '<think>\\n', but before this response writes 'x<|im_end|>"),
-    (FORGETFUL, answer(content="<think>Why?</think>Yes."), "leaves out or changes '<think>Why?"),
-    (CHATML, answer(reasoning_content="Why?"), "leaves out or changes 'Why?'"),
-    (CHATML, answer(tool_calls=[CALL]), "leaves out or changes 'weather'"),
-    (CALLING, answer(tool_calls=[CALL]), "leaves out or changes '{\"at"),  # it quotes a text, not an object
-    (CHATML, answer() | {"tools": [{"type": "function"}]}, "leaves out the tools"),
-    (CHATML, {**point(1), "tools": [{}]}, "the column tools would be left out"),
-    (CHATML, {**answer(), "system": "Be brief."}, "the column system would be left out"),
-    (CHATML, answer(content=[{"type": "image", "url": "x"}]), "a message's content is"),
-    (CHATML, answer(content=None), "content is None"), (CHATML, answer(role="user"), "one answer of the"),
-    *((CHATML, {"prompt": prompt, "completion": completion, "label": 1}, "one answer of the assistant")
-      for prompt, completion in ((CHAT[:1], CHAT[1:] + GOOD), ("Ho", CHAT + GOOD), (CHAT[:2], GOOD),
-                                 (CHAT[:2], CHAT[2:] + GOOD))),
-    (None, {"prompt": "A: Hi", "completion": "A: Hi B: Ho", "label": 1}, "it repeats the prompt"),
-    (None, answer(), "chat_template")])
-def test_a_conversation_that_would_be_read_otherwise_than_meant_is_refused(template, record, told):
-    with pytest.raises(ulma.Mistake, match=re.escape(told)) as mistake:
-        parse(point(0), record, tokenizer=chat_tokenizer(template))
-    assert str(mistake.value).startswith("train row 2: ")
-
-def test_files_folders_and_formats_hold_the_same_rows(tmp_path):
-    rows = [point(i, i % 2) for i in range(20)]
-    for file in ("rows.jsonl", "folder/one/train.jsonl", "folder/two/train.jsonl"):
-        write(tmp_path / file, rows)
-    write(tmp_path / "card" / "README.md", []).write_text(
-        "---\nconfigs:\n- config_name: default\n  sep: ';'\n  data_files: rows.csv\n---\n")
-    for file, sep in (("rows.csv", ","), ("rows.tsv", "\t"), ("card/rows.csv", ";")):
-        datasets.Dataset.from_list(rows).to_csv(tmp_path / file, sep=sep)
-    expected = [texts(part) for part in load(tmp_path / "rows.jsonl")]
-    for file, folder in (("folder", "two"), ("rows.csv", None), ("rows.tsv", None), ("card", None)):
-        assert expected == [texts(part) for part in load(tmp_path / file, data_dir=folder)]
-
-def test_splits_serve_by_how_their_names_start_and_several_of_a_kind_are_told(tmp_path):
-    def prompts(*splits, **options):
-        data = tmp_path / "-".join(splits) / "data"
-        data.mkdir(parents=True, exist_ok=True)
-        for i, split in enumerate(splits):
-            datasets.Dataset.from_list([point(i)]).to_parquet(data / f"{split}-00000-of-00001.parquet")
-        return ["".join(row.prompt[9] for row in rows) for rows in load(data.parent, **options)]
-    assert prompts("train_prefs", "test_prefs") == prompts("train", "validation") == ["0", "1"]
-    assert prompts("train", "validation", "test") == ["0", "2"]
-    assert prompts("train", "test", eval_only=True) == ["", "1"]
-    assert prompts("train", eval_only=True) == ["", "0"]
-    with pytest.raises(ulma.Mistake, match="train_prefs, train_sft"):
-        prompts("train_prefs", "train_sft", "test_sft")
-    assert prompts("train_prefs", "train_sft", "test_sft", splits=["train_sft", "test_sft"]) == ["1", "2"]
-
-def test_a_data_set_from_the_hub_is_read_by_name_and_its_rows_named(monkeypatch):
-    rows = datasets.Dataset.from_list([point(0), point(1, 0), point(2, 7.5)])
-    hub = {("someone/rows", "graded"): {"test": rows.select([0, 1]), "train": rows}}
-    monkeypatch.setattr(datasets, "load_dataset", lambda path, data_dir: hub[path, data_dir])
-    assert [row.label for row in load("someone/rows", data_dir="graded", eval_only=True)[1]] == [1, 0]
-    with pytest.raises(ulma.Mistake, match="someone/rows: train row 3: the label is 7.5"):
-        load("someone/rows", data_dir="graded", continuous=True)
-
-def test_without_a_test_split_a_seeded_tenth_of_the_prompts_is_held_out(tmp_path):
-    path = write(tmp_path / "rows.jsonl", [point(i % 50, label=i % 2) for i in range(200)])
-    (_, test_rows), again, other = load(path), load(path), load(path, seed=1)
-    train, test = ({row.prompt for row in part} for part in again)
-    assert len(train) == 45 and len(test) == 5 and not train & test
-    assert texts(again[1]) == texts(test_rows) != texts(other[1])
-
-def words(opens=False, closes=False):
-    """A tokenizer to which the word "7" is token 7, <bos> 1 and <eos> 2, which may open and close texts."""
-    names = {**{str(i): i for i in range(3, 61)}, "<unk>": 0, "<bos>": 1, "<eos>": 2}
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(names, unk_token="<unk>"))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    backend.post_processor = tokenizers.processors.TemplateProcessing(
-        single=["<bos>"] * opens + ["$A"] + ["<eos>"] * closes, special_tokens=[("<bos>", 1), ("<eos>", 2)])
-    special = {"eos_token": "<eos>", "unk_token": "<eos>"} | ({"bos_token": "<bos>"} if opens else {})
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **special)
-def tokenized(prompt, *completions, tokenizer, max_length=9):
-    """The (prompt, response) tokens that each of the completions of a prompt gets."""
-    records = [{"prompt": prompt, "chosen": text, "rejected": text} for text in completions]
-    rows = parse(*records, tokenizer=tokenizer, max_length=max_length)[::2]
-    return [tuple(ids.tolist() for ids in halves(row)) for row in rows]
-
-@pytest.mark.parametrize("max_length, prompt, response", [
-    (8, [10, 11, 12, 13], [20, 21, 22, 2]), (7, [11, 12, 13], [20, 21, 22, 2]), (5, [12, 13], [20, 21, 22]),
-    (2, [13], [20])])
-def test_prompts_lose_their_start_and_completions_their_end(capsys, max_length, prompt, response):
-    with_bos = [1, *prompt[1:]] if len(prompt) < 4 else [1, 11, 12, 13]
-    for tokenizer, expected in ((words(opens=True), with_bos), (words(), prompt)):
-        capsys.readouterr()
-        cut = tokenized("10 11 12 13 ", "20 21 22", tokenizer=tokenizer, max_length=max_length)
-        assert cut == [(expected, response)]
-    assert ("2 of 2 rows are cut to --max-length" in capsys.readouterr().out) == (max_length < 8)
-
-def test_all_responses_of_a_prompt_get_the_same_part_of_it():
-    shorter, longer = tokenized("10 11 12 13 ", "20", "21 22 23", tokenizer=words(), max_length=7)
-    assert shorter == ([11, 12, 13], [20, 2]) and longer == ([11, 12, 13], [21, 22, 23, 2])
-    one, other = tokenized("10 1", " 21", "1 20", tokenizer=words())  # a token spans the boundary of one
-    assert one == ([10], [0, 21, 2]) and other == ([10], [11, 20, 2])
-    with pytest.raises(ulma.Mistake, match="no token of its own"):
-        tokenized("1", "1 20", tokenizer=words())
-
-@pytest.mark.parametrize("opens, closes", [(True, False), (True, True), (False, True), (False, False)])
-@pytest.mark.parametrize("prompt", ["10 11 ", "<bos> 10 11 "])
-@pytest.mark.parametrize("completion, ids", [("20", [20, 2]), ("20 <eos>", [20, 2]), ("", [2])])
-def test_bos_appears_once_and_eos_closes_the_response_alone(opens, closes, prompt, completion, ids):
-    bos = [1] * (opens or "bos" in prompt)
-    assert tokenized(prompt, completion, tokenizer=words(opens, closes)) == [([*bos, 10, 11], ids)]
-
-def row(name, length=1):
-    ids = torch.zeros(length)
-    return ulma.Row(str(name), "", 1.0, [], None, False, None, input_ids=ids, response_mask=ids == 0)
 
 def test_batches_hold_every_item_once_in_seeded_order_alike_in_length():
-    rng = random.Random(0)
-    items = [(row(i, rng.randrange(5, 500)),) for i in range(1003)]
-    batches, again, other = (ulma.bucketed_batches(items, 8, random.Random(seed)) for seed in (1, 1, 2))
+    items = [(row(i, random.Random(i).randrange(5, 500)),) for i in range(1003)]
+    batches, again, other = (ulma.bucketed_batches(items, 8, random.Random(i)) for i in (1, 1, 2))
     assert batches == again != other and sorted(map(len, batches)) == [3] + [8] * 125
-    assert sorted(int(item[0].prompt) for batch in batches for item in batch) == list(range(1003))
-    padded = sum(len(batch) * max(len(item[0].input_ids) for item in batch) for batch in batches)
-    assert padded < 1.1 * sum(len(item[0].input_ids) for item in items)
+    assert {item for batch in batches for item in batch} == set(items)
+    lengths = [[len(item[0].input_ids) for item in batch] for batch in batches]
+    assert sum(len(batch) * max(batch) for batch in lengths) < 1.1 * sum(map(sum, lengths))
 
-@pytest.mark.parametrize("rejected, chosen, rated", [
-    ("20 31 22", "20 21 22", [31]), ("20 31 22 33", "20 21 22 23", [31, 33]),  # replaced
-    ("20 31 22", "20 22", [31]), ("20 22", "20 21 22", []), ("20 21", "20 21", []),  # deleted, inserted, none
-    ("31 32", "21 22 23", [31, 32]), ("10 31", "21", [10, 31]),  # all, even a word of the prompt
-    ("20 " * 250, "31 " + "20 " * 250, []),  # however often a token comes
-    ("20 " * 299 + "23", "31 " + "20 " * 299 + "23", [23])])  # after truncation to 300 tokens
-def test_of_a_rejected_response_the_tokens_count_that_the_edit_removed(rejected, chosen, rated):
-    pair = {"prompt": "10 11 ", "chosen": chosen, "rejected": rejected}
-    rows = parse(pair, tokenizer=words(), max_length=302)
-    kept = ulma.only_edits([*rows, row("other")])
-    ids, mask = rows[1].input_ids, rows[1].response_mask
-    assert ids[mask].tolist() == rated and sum(rows[0].response_mask) == len(rows[0].input_ids) - 2
-    assert len(kept) == 2 + bool(rated)
-
-# ---- Evaluation --------------------------------------------------------------------------------------------
-def test_reward_auc_is_the_share_of_pairs_in_order_with_ties_a_half():
-    def auc(scores, labels):
-        return concordance(torch.tensor(scores), torch.tensor(labels))
-    assert (auc([3.0, 2.0, 1.0], [1, 1, 0]), auc([1.0, 2.0], [1, 0]), auc([1.0, 1.0], [1, 0])) == (1, 0, 0.5)
-    assert auc([1.0, 3.0, 2.0, 2.0], [1.0, 0.5, 0.5, 0.0]) == 1.5 / 5 and auc([1.0, 2.0], [1, 1]) is None
-
-def test_exact_match_counts_the_completions_that_are_references(run, tmp_path, monkeypatch):
-    answers = {"Question 0?": " Yes.", "Question 1?": "Yes. ", "Question 2?": " No."}
-    rows = [point(i, i % 2, references=[" Yes.", " Sure."], group="ab"[i // 2]) for i in range(3)]
-    def generate(model, input_ids, **_):
-        prompts = TOKENIZER.batch_decode(input_ids, skip_special_tokens=True)
-        added = TOKENIZER([answers[p.strip()] for p in prompts for _ in range(ulma.SAMPLES)], padding=True)
-        return torch.cat([input_ids.repeat_interleave(ulma.SAMPLES, 0), torch.tensor(added.input_ids)], 1)
-    monkeypatch.setattr(transformers.GenerationMixin, "generate", generate)
-    metrics = run("--eval-only", "--data", write(tmp_path / "test.jsonl", rows).parent)[0]["eval"]
-    assert [metrics["exact_match" + name] for name in ("", "/a", "/b")] == pytest.approx([2 / 3, 1, 0])
-
-def test_samples_come_from_the_policy_whatever_the_models_own_settings_which_stay(run, small, tmp_path):
-    plain = (run("--eval-only")[1] / "samples.jsonl").read_text()
-    for settings in (dict(do_sample=True, top_k=1, temperature=0.1, repetition_penalty=9.0), dict(min_p=0.5),
-                     dict(num_beams=8), dict(no_repeat_ngram_size=2, suppress_tokens=[5]), dict(max_length=3),
-                     dict(return_dict_in_generate=True), dict(min_new_tokens=30, typical_p=0.2)):
-        shutil.copytree(small / "model", tmp_path / "model", dirs_exist_ok=True)
-        file = tmp_path / "model" / "generation_config.json"
-        file.write_text(json.dumps({"eos_token_id": 2, "pad_token_id": 0, **settings}))
-        assert (run("--eval-only", "--model", file.parent)[1] / "samples.jsonl").read_text() == plain
-        _, out = run("--epochs", 1, "--model", file.parent)
-        assert settings.items() <= json.loads((out / file.name).read_text()).items()
-    assert len(set(json.loads(plain.splitlines()[0])["eval"])) == ulma.SAMPLES
-
-@pytest.mark.parametrize("named", [True, False])
-def test_rows_end_alike_as_texts_and_through_a_template_whose_turns_end_otherwise(tmp_path, run, named):
-    turn = "{{ m.content if m.role == 'user' else m.content + '<eot>\n' }}"
-    tokenizer = chat_tokenizer("{% for m in messages %}" + turn + "{% endfor %}", eos="<other>")
-    model, end = read_model(HERE / "data" / "base"), tokenizer.convert_tokens_to_ids("<eot>")
-    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    weight = model.get_input_embeddings().weight.data
-    weight[[1, end]] = weight[[end, 1]]
-    model.generation_config.eos_token_id = [tokenizer.eos_token_id, end] if named else None
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    texts, ends = read(HERE / "data" / "test.jsonl")[:80], []
-    chats = [{**row, "prompt": chat(row["prompt"]), "completion": chat("", row["completion"])[1:]}
-             for row in texts]
-    for rows, model in ((texts, HERE / "data" / "base"), (texts if named else chats, tmp_path / "model")):
-        flags = "--model", model, "--data", write(tmp_path / "rows.jsonl", rows), "--max-length", 128
-        ends.append(run("--eval-only", *flags)[0]["eval"])
-    one, other = ends
-    assert named or other["perplexity"] == pytest.approx(one["perplexity"], rel=1e-3)
-    assert other["exact_match"] == pytest.approx(one["exact_match"], abs=0.12) and one["exact_match"] > 0.15
-
-# ---- Models, mistakes, LoRA --------------------------------------------------------------------------------
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_a_model_in_bfloat16_shards_is_trained_and_saved_in_float32(run, tmp_path, name, tied):
-    tokenizer = chat_tokenizer(None)
-    tokenizer.pad_token = None
-    folder = stand_in(tmp_path / "model", name, tokenizer, torch.bfloat16, tie_word_embeddings=tied)
-    assert len(list(folder.glob("model-*.safetensors"))) > 1
-    _, out = run("--model", folder)
-    before, after = weights(folder), weights(out)
-    assert before.keys() == after.keys() and 0 < (flat(after) - flat(before)).abs().max() < 1
-    assert AutoModelForCausalLM.from_pretrained(out, dtype="auto").dtype == torch.float32
-    assert AutoTokenizer.from_pretrained(out).pad_token is None  # as it was
-
-def without_a_head(folder):
-    tiny("llama", vocab_size=768, tie_word_embeddings=False).model.save_pretrained(folder)
-    TOKENIZER.save_pretrained(folder)
-def pickled(folder):
-    for file in stand_in(folder).glob("*.safetensors*"):
-        file.rename(file.with_suffix(".bin"))
-
-def of_other_words(folder):
-    stand_in(folder, tokenizer=words(opens=True), vocab_size=768)
-
-@pytest.mark.parametrize("make, told", [
-    (of_other_words, "its tokenizer is not that of --model"),
-    (lambda folder: stand_in(folder, "bert", hidden_size=32, num_attention_heads=2), "decoder-only"),
-    (without_a_head, "lm_head.weight"), (pickled, "safetensors"), (Path.mkdir, "tokenizer"),
-    (lambda folder: stand_in(folder, rms_norm_eps=math.nan), "not finite"),
-    (lambda folder: stand_in(folder, quantization_config={"quant_method": "fp8"}), "quantised"),
-    (lambda folder: stand_in(folder, vocab_size=99), "fewer embeddings than tokens"),
-    (lambda folder: stand_in(folder, max_position_embeddings=32), "it takes 32 tokens")])
-def test_a_model_that_cannot_be_trained_is_refused(run, tmp_path, capsys, make, told):
-    make(tmp_path / "model")
-    flag = "--reference" if make is of_other_words else "--model"
-    assert told in error_of(capsys, run, flag, tmp_path / "model")
-LINE, HALF = json.dumps(point(1)), '{"chosen": "Hi", "rejected": "\\n\\nAssistant: x"}'
-@pytest.mark.parametrize("flags, told", [
-    (("--beta", "0"), "--beta"), (("--max-length", "1"), "--max-length"), (("--log-z", "much"), "--log-z"),
-    (("--data", "nowhere"), "nowhere"), (("--model", "nowhere"), "nowhere"), (("--methd", "sft"), "--methd"),
-    (("--data", __file__), "test_ulma"), (("--data-dir", "x"), "x"), (("--output-dir", f"{__file__}/x"), "x"),
-    (("--output-dir", "", "--save-steps", "9"), "--save-steps"), (("--fine-grained",), "needs pairs"),
-    (("--output-dir", HERE), "neither new"), (("--balanced", "--method", "dpo"), "--balanced"),
-    (("--splits", "train_x"), "train_x"), *((("--data", text), told) for text, told in (
-        (LINE[:-9], "rows count from 0"), (f"{LINE}\n{LINE[:-9]}", "row 1"), ("", "is empty"),
-        (LINE.replace("Answer", "\xe9"), "utf-8"), (LINE.replace("prompt", "promt"), "no prompt"),
-        (LINE.replace("label", "lable"), "it has prompt, completion, lable; needed are prompt"),
-        (f'{LINE}\n{LINE.replace(": 1}", ": 2}")}', "train row 2: the label is 2"),
-        (LINE.replace(": 1}", ": 0.5}"), "--continuous"), (LINE.replace(": 1}", ': "1"}'), "label is '1'"),
-        (LINE.replace(" Answer 1.", ""), "no completion"), (LINE.replace("Question 1?", ""), "no prompt"),
-        (LINE.replace('" Answer 1."', "5"), "train row 1: 5 was read, not a text"),
-        (LINE.replace(" Answer 1.", "2024-01-31"), "datetime(2024, 1, 31, 0, 0)'} was read, not a text"),
-        (json.dumps(point(1, references="Yes.")), "a list of texts"), (HALF, "Assistant:"),
-        (json.dumps({"prompt": CHAT, "completion": chat("", "Good.")[1:], "label": 1}), "chat_template"),
-        ("\n".join([LINE, json.dumps(point(2))]), "from 1 rows of label 1 and 0 others"),
-        ("\n".join(json.dumps(point(i, 0)) for i in "12"), "from 0 rows of label 1 and 1 others"),
-        ("\n".join([LINE] * 9), "0 others (dpo: on one prompt), beside 9 test rows")))])
-def test_a_mistake_gets_one_line_that_names_it_and_nothing_is_written(run, capsys, tmp_path, flags, told):
-    if flags[0] == "--data" and flags[1][:1] in "{":
-        (tmp_path / "rows.jsonl").write_text(flags[1], encoding="latin-1")
-        flags = ("--data", tmp_path / "rows.jsonl", "--output-dir", tmp_path / "out")
-    assert told in error_of(capsys, run, *flags)
-    assert not (tmp_path / "out").exists()
-
-def test_a_terminal_that_knows_no_greek_gets_question_marks():
-    command, odd = [sys.executable, "ulma.py", "--data", "nowhere-β"], {"PYTHONIOENCODING": "cp1252"}
-    done = subprocess.run(command, cwd=HERE, capture_output=True, env=os.environ | odd)
-    assert done.returncode == 2 and b"nowhere-? is empty or unreadable" in done.stderr
-
-def test_a_model_that_breaks_is_told_and_never_replaces_a_checkpoint(run, capsys, monkeypatch, tmp_path):
-    clip, calls = torch.nn.utils.clip_grad_norm_, itertools.count(1)
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, bound: (
-        clip(parameters, bound) * (math.nan if next(calls) == 4 else 1)))
-    flags = "--save-steps", 2, "--output-dir", tmp_path / "out"
-    assert "not finite at step 4" in error_of(capsys, run, *flags)
-    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
-    monkeypatch.undo()
-    assert "--learning-rate" in error_of(capsys, run, "--learning-rate", 1e30)
-
-def test_ctrl_c_and_a_full_memory_are_told_in_one_line(run, capsys, monkeypatch):
-    for error, told in ((KeyboardInterrupt, "the same command"), (torch.OutOfMemoryError, "--batch-size")):
-        monkeypatch.setattr(ulma, "batch_losses", lambda *_: (_ for _ in ()).throw(error))
-        assert told in error_of(capsys, run)
-
-def test_lora_trains_adapters_alone_and_saves_the_merged_model(run, small, monkeypatch):
-    pytest.importorskip("peft")
-    models, load_model, saved, save = [], ulma.load_model, [], torch.save
-    monkeypatch.setattr(ulma, "load_model", lambda *these: models.append(load_model(*these)) or models[-1])
-    monkeypatch.setattr(torch, "save", lambda state, path: saved.append(state) or save(state, path))
-    results, out = run("--method", "sft", "--lora", 2, "--save-steps", 3, "--bf16", "--learning-rate", 0.03)
-    [model], before, after = models, weights(small / "model"), weights(out)
-    assert {(p.requires_grad, p.dtype) for p in model.parameters()} == {
-        (True, torch.float32), (False, torch.bfloat16)}
-    adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert adapters == len(flat(saved[0]["parameters"])) < model.num_parameters() / 4  # in a checkpoint
-    changed = {name: after[name] - before[name] for name in before if (before[name] != after[name]).any()}
-    assert run("--lora", 2) and {p.dtype for p in models[1].parameters()} == {torch.float32}
-    assert changed.keys() == {name for name in before if "proj" in name}  # all linear layers but the head
-    assert {torch.linalg.matrix_rank(change, rtol=1e-3).item() for change in changed.values()} == {2}
-    again = run("--eval-only", "--model", out, "--reference", small / "model")[0]["eval"]
-    assert again["perplexity"] == pytest.approx(results["after"]["perplexity"], rel=0.02)  # it was bfloat16
 
 DEVICE = """
-import collections, json, sys, traceback
-import torch, ulma
+import collections, json, sys, torch, traceback, ulma
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree, _python_dispatch, backend_registration
 backend_registration._setup_privateuseone_for_python_backend("pretend")
@@ -707,144 +471,555 @@ def to_fake(x):
     return device.from_tensor(x) if type(x) in (torch.Tensor, torch.nn.Parameter) else x
 class Pretend(_python_dispatch.TorchDispatchMode):
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
         leaves = _pytree.tree_leaves((args, kwargs))
         if not any(isinstance(x, FakeTensor) or getattr(x, "type", 0) == "pretend" for x in leaves):
-            return op(*args, **kwargs or {})
-        if op is torch.ops.aten._local_scalar_dense.default:  # the CPU waits for a number
-            waits[[f for f in traceback.extract_stack() if "/lib/" not in f.filename][-2].name] += 1
-            return 0.5
+            return op(*args, **kwargs)
+        number = op is torch.ops.aten._local_scalar_dense.default
+        if number or getattr(kwargs.get("device"), "type", 0) == "cpu":  # the CPU waits
+            waits["train" in [frame.name for frame in traceback.extract_stack()]] += 1
+            return 0.5 if number else torch.full(args[0].shape, 0.5)
         with device:
-            return op(*_pytree.tree_map(to_fake, args), **kwargs or {})
+            return op(*_pytree.tree_map(to_fake, args), **_pytree.tree_map(to_fake, kwargs))
 ulma.sample = lambda model, tokenizer, rows, args: [["x"]] * len(rows)
 ulma.save_model = lambda *_: None
 with Pretend():
     ulma.main(sys.argv[1:])
-print(json.dumps(waits))
+print(json.dumps([waits[True], waits[False]]))
 """
 
+
 def test_on_a_device_without_data_training_waits_only_where_it_logs(small, tmp_path):
-    flags = "--method", "pointwise-dpo", "--gradient-checkpointing", "--save-steps", 0, "--epochs", 4
-    process = begin(small, tmp_path / "out", *flags, script=("-c", DEVICE), stdout=subprocess.PIPE)
-    waits = json.loads(process.communicate()[0].splitlines()[-1])  # rows scored; rewards, labels; 2 lines
-    assert waits == {"<lambda>": 10 + 3 * 3, "<listcomp>": 2 * 4 * 10, "train": 2 * 2}
+    flags = "--method pointwise-dpo --gradient-checkpointing --epochs 5"
+    argv = [sys.executable, "-c", DEVICE, *options(small, flags, {"output_dir": tmp_path})]
+    output = subprocess.run(argv, cwd=HERE, stdout=subprocess.PIPE, check=True).stdout
+    in_train, elsewhere = json.loads(output.splitlines()[-1])
+    log = read(tmp_path / "log.jsonl")
+    assert [line["step"] for line in log] == [10, 15] and elsewhere > 0
+    assert in_train <= 4 * len(log)  # the loss, rewards with labels, the gradient's norm
 
-# ---- Interruptions, several processes, and what the README says --------------------------------------------
-TORCHRUN = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
 
-def begin(small, out, *flags, launcher=(), script=("ulma.py",), stdout=subprocess.DEVNULL):
-    """A run of 40 short steps in a process of its own, or in two."""
-    command = [sys.executable, *launcher, *script, "--model", small / "model", "--data", small / "data",
-               "--max-length", 64, "--epochs", 8, "--batch-size", 2, "--learning-rate", 1e-3,
-               "--save-steps", 3, "--output-dir", out, *flags]
-    return subprocess.Popen([*map(str, command)], cwd=HERE, stderr=subprocess.PIPE, text=True,
-                            stdout=stdout, env={**os.environ, "OMP_NUM_THREADS": "1"})
-def end(*processes):
-    for process in processes:
-        assert process.communicate() and process.returncode == 0, process.args
-def wait_for(condition, process):
-    while not condition() and process.poll() is None:
-        time.sleep(0.01)
-def figures(out):
-    """What equal runs have in common: the log, but for times and steps done twice, and the metrics."""
+# ---- Reading and evaluation ----
+HH = "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Bye\n\nAssistant:"
+BYE = "<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n"
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+PHI3 = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% for m in messages %}<turn>{{ m.role }}\n{{ m.content | trim }}<eot>\n"
+    "{% endfor %}{% if add_generation_prompt %}<turn>assistant\n{% endif %}"
+)
+PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+THINK = "<think>\n\n</think>\n\n"
+LAST = "{% if loop.last and m.role == 'assistant' %}" + THINK + "{% endif %}{{ m.content }}"
+QWEN3 = CHATML.replace("{{ m.content }}", LAST)
+TURNS = {  # template, BOS, EOS: the prompt, and what is before and after the answer
+    (CHATML, None, "<|im_end|>"): (BYE, "", "<|im_end|>"),
+    (CHATML, None, "<eos>"): (BYE, "", "<|im_end|>"),
+    (PHI3, None, "<eos>"): ("<|user|>\nBye<|end|>\n<|assistant|>\n", "", "<|end|>"),
+    (GEMMA, "<bos>", "<eos>"): ("<bos><turn>user\nBye<eot>\n<turn>assistant\n", "", "<eot>"),
+    (PLAIN, "<s>", "<eos>"): ("user: Bye\n", "assistant: ", "<eos>"),
+    (QWEN3, None, "<|im_end|>"): (BYE, THINK, "<|im_end|>"),
+    (None, None, "<eos>"): ("Bye", "", "<eos>"),  # texts
+}
+TOKENS = [  # what is around texts; a prompt and a response; their tokens
+    ("$A", "10 11 ", "20", "10 11", "20 <eos>"),
+    ("<bos> $A", "10 11 ", "20", "<bos> 10 11", "20 <eos>"),
+    ("<bos> $A", "<bos> 10 11 ", "20 <eos>", "<bos> 10 11", "20 <eos>"),
+    ("<bos> $A <eos>", "10 11 ", "20", "<bos> 10 11", "20 <eos>"),
+    ("<eos> $A", "10 11 ", "20", "<eos> 10 11", "20 <eos>"),
+    ("[gMASK] <sop> $A", "10 11 ", "20", "[gMASK] <sop> 10 11", "20 <eos>"),
+    ("<bos> $A", "10 1", "1 20", "<bos> 10", "11 20 <eos>"),  # a token across the boundary
+]
+
+
+def load(data, flags="", tokenizer=TOKENIZER):
+    return ulma.load_items(ulma.read_options([f"--data={data}", *flags.split()]), tokenizer)
+
+
+def items_of(*records, tokenizer=TOKENIZER, flags=""):
+    with tempfile.TemporaryDirectory() as folder:
+        data = write(Path(folder) / "rows.jsonl", records)
+        return load(data, f"--eval-only {flags}", tokenizer)[1]
+
+
+def decoded(items, tokenizer=TOKENIZER):
+    """The prompt and the response of each row, as its tokens have them."""
+    rows = [(row.input_ids, row.response_mask) for row in ulma.rows_of(items)]
+    return [(tokenizer.decode(ids[~mask]), tokenizer.decode(ids[mask])) for ids, mask in rows]
+
+
+def chat_tokenizer(template=CHATML, bos=None, eos="<|im_end|>"):
+    """data/base's tokenizer with a chat template, more tokens and, if it is given, BOS."""
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    extra = ["<|im_start|>", "<|im_end|>", "<|end|>", "<turn>", "<eot>", "<b>", "</b>"]
+    tokenizer.add_special_tokens({"eos_token": eos, "additional_special_tokens": extra})
+    tokenizer.chat_template = template
+    if bos:
+        tokenizer.add_special_tokens({"bos_token": bos})
+        opened = TemplateProcessing(f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)])
+        tokenizer.backend_tokenizer.post_processor = opened
+    return tokenizer
+
+
+def chat(*contents):
+    roles = itertools.cycle(("user", "assistant"))
+    return [{"role": role, "content": text} for role, text in zip(roles, contents)]
+
+
+def answer(content="x", prompt="Hi", **more):
+    last = {"role": "assistant", "content": content, **more}
+    return {"prompt": chat(prompt), "completion": [last], "label": 1}
+
+
+ASKED = chat("Hi", "Hello!", "Bye")
+GOOD, BAD = ([{"role": "assistant", "content": text}] for text in ("Good.", "Bad."))
+FORMS = [
+    {"prompt": ASKED, "chosen": GOOD, "rejected": BAD},
+    {"chosen": ASKED + GOOD, "rejected": ASKED + BAD},
+    {"prompt": ASKED, "chosen": ASKED + GOOD, "rejected": ASKED + BAD},
+    {"prompt": "Bye", "chosen": ASKED + GOOD, "rejected": ASKED + BAD},  # UltraFeedback
+    {"prompt": ASKED, "completion": "Good.", "label": True, "rejected": None},
+    {"prompt": None, "completion": ASKED + GOOD, "label": True},
+]
+SYSTEM = {"prompt": [{"role": "system", "content": "Be brief."}, *chat("Hi")]}
+REFUSED = [  # an edit of CHATML, a record, what is told
+    ("in messages", "in messages if m.role != 'system'", SYSTEM, "leaves out or changes"),
+    ("in messages", "in messages[-2:]", {"prompt": ASKED}, "leaves out or changes"),
+    ("m.content", "m.content | upper", {}, "leaves out or changes"),
+    ("m.content", "m.content.split('</t>')[-1]", answer("<t>a</t>b"), "leaves out or changes"),
+    ("assistant\n{% endif", "assistant\n<think>\n{% endif", {}, "<think>"),
+    ("<|im_start|>assistant\n{% endif", "<|im_start|>bot\n{% endif", {}, "bot"),
+    ("{% for", "{{ raise_exception('no such role') }}{% for", {}, "no such role"),
+    *(("", "", answer(**{key: "y"}), "role and a content") for key in ("reasoning", "name")),
+    *(("", "", answer(text), "role and a content") for text in ([{"type": "text"}], None, 5)),
+    ("", "", answer(tool_calls=[{"function": {"name": "x"}}]), "role and a content"),
+    *(("", "", {"prompt": asked}, "answer of the assistant") for asked in ([], ASKED[:2])),
+    ("", "", {"completion": chat("I am the user")}, "answer of the assistant"),
+    ("", "", {"prompt": "Ho", "completion": ASKED + GOOD}, "the prompt"),
+    ("", "", {"prompt": "Q: Hi", "completion": "Q: Hi A: Ho"}, "repeats the prompt"),
+]
+PAIRS = [  # and the labels of their items
+    ({"prompt": HH, "chosen": " Good.", "rejected": " Bad.", "score": 5}, [[1, 0]]),
+    ({"chosen": f"{HH} Good.", "rejected": f"{HH} Bad."}, [[1, 0]]),  # HH-RLHF
+    ({"chosen": f"{HH} Good.", "rejected": HH}, [[1, 0]]),
+    ({"chosen": f"{HH} Good.", "rejected": f"{HH.replace('Hello!', 'What?')} Good."}, [[1], [0]]),
+    ({"chosen": chat("A", "B", "C", "D"), "rejected": chat("A", "X", "C", "D")}, [[1], [0]]),
+    ({"chosen": chat("A", "B"), "rejected": chat("Another", "B")}, [[1], [0]]),
+]
+
+
+@pytest.mark.parametrize("record", FORMS)
+def test_a_conversation_is_read_in_every_form(record):
+    prompt = f"<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>\n{BYE}"
+    responses = ["Good.<|im_end|>", "Bad.<|im_end|>"][: 1 + ("chosen" in record)]
+    [item] = items_of(record, tokenizer=chat_tokenizer())
+    assert decoded([item], chat_tokenizer()) == [(prompt, text) for text in responses]
+
+
+@pytest.mark.parametrize("content", ["Good.", "<b>Good.</b>", "One<|im_start|> or <b>"])
+@pytest.mark.parametrize("deployment", TURNS)
+def test_a_response_ends_with_its_turn_whatever_tokens_are_in_it(deployment, content):
+    opening, before, after = TURNS[deployment]
+    tokenizer = chat_tokenizer(*deployment)
+    record = answer(content, "Bye") if deployment[0] else point(0, prompt="Bye", completion=content)
+    [(row,)] = items_of(record | {"answers": [content, "Fine."]}, tokenizer=tokenizer)
+    assert decoded([(row,)], tokenizer) == [(opening, before + content + after)]
+    assert list(row.answers) == [before + content, f"{before}Fine."]
+
+
+@pytest.mark.parametrize("old, new, record, told", REFUSED)
+def test_what_would_be_read_otherwise_than_meant_is_refused(old, new, record, told):
+    with pytest.raises(ulma.Mistake, match=f"rows.jsonl: train row 1: .*{re.escape(told)}"):
+        items_of(answer() | record, tokenizer=chat_tokenizer(CHATML.replace(old, new)))
+
+
+def words(single="$A"):
+    """A tokenizer to which the word "7" is token 7; single says what it writes around texts."""
+    names = ["<unk>", "<bos>", "<eos>", *map(str, range(3, 61)), "[gMASK]", "<sop>"]
+    numbers = {name: i for i, name in enumerate(names)}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(numbers, unk_token="<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = TemplateProcessing(single, special_tokens=list(numbers.items()))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("single, prompt, text, opening, response", TOKENS)
+def test_texts_start_as_the_tokenizer_starts_them(single, prompt, text, opening, response):
+    items = items_of(point(0, prompt=prompt, completion=text), tokenizer=words(single))
+    assert decoded(items, words()) == [(opening, response)]
+
+
+def test_unknown_tokens_and_prompts_without_a_token_are_refused():
+    for prompt, text in (("10 ", "1"), ("10 x ", "11"), ("1", "1 20")):
+        with pytest.raises(ulma.Mistake, match=r"does not know|no token of its own"):
+            items_of(point(0, prompt=prompt, completion=text), tokenizer=words())
+
+
+@pytest.mark.parametrize("record, labels", PAIRS)
+def test_a_pair_is_one_item_where_its_prompts_are_equal(record, labels):
+    items = items_of(record, tokenizer=chat_tokenizer(eos="<eos>"))
+    assert [[row.label for row in item] for item in items] == labels
+    assert isinstance(record["chosen"], list) or decoded(items)[0] == (HH, " Good.<eos>")
+    assert ulma.training_items(items, "dpo") == [item for item in items if len(item) == 2]
+
+
+def test_without_pairs_dpo_pairs_the_responses_of_each_prompt():
+    items = items_of(*(point(i // 3, int(i % 3 == 1), weight=i) for i in range(6)), point(7))
+    paired = ulma.training_items(items, "dpo")
+    assert [[row.weight for row in pair] for pair in paired] == [[1, 0], [1, 2], [4, 3], [4, 5]]
+
+
+def test_files_folders_and_formats_hold_the_same_rows(tmp_path):
+    table = datasets.Dataset.from_list(POINTS)
+    card = "---\nconfigs:\n- config_name: default\n  sep: ';'\n  data_files: rows.csv\n---\n"
+    write(tmp_path / "card" / "README.md", []).write_text(card)
+    for file, sep in {"card/rows.csv": ";", "rows.csv": ",", "rows.tsv": "\t"}.items():
+        table.to_csv(tmp_path / file, sep=sep)
+    table.to_parquet(tmp_path / "rows.parquet")
+    for file in ("[a] *b*/rows[1].jsonl", "folder/one/train.jsonl", "folder/two/train.jsonl"):
+        write(tmp_path / file, POINTS)
+    for file in ("[a] *b*/rows[1].jsonl", "rows.csv", "rows.tsv", "rows.parquet", "card", "folder"):
+        items = load(tmp_path / file, "--eval-only" + " --data-dir=two" * (file == "folder"))[1]
+        rows = [(row.prompt, row.label) for (row,) in items]
+        assert rows == [(point["prompt"], point["label"]) for point in POINTS]
+    with pytest.raises(ulma.Mistake, match="brackets"):
+        load(tmp_path / "[a] *b*")
+
+
+def test_splits_serve_by_their_names(tmp_path):
+    (tmp_path / "data").mkdir()
+    for i, name in enumerate(("a", "b", "test")):
+        path = tmp_path / "data" / f"{name}-00000-of-00001.parquet"
+        datasets.Dataset.from_list([point(i)]).to_parquet(path)
+    served = {"--train-split a": "02", "--train-split b --test-split a": "10", "--eval-only": "2"}
+    for flags, numbers in (served | {"--test-split b --eval-only": "1"}).items():
+        items = itertools.chain(*load(tmp_path, flags))
+        assert "".join(row.prompt[9] for (row,) in items) == numbers
+    for flags in ("", "--train-split a --test-split x", "--test-split x --eval-only"):
+        with pytest.raises(ulma.Mistake, match="its splits are"):
+            load(tmp_path, flags)
+
+
+def test_without_a_test_split_a_seeded_tenth_of_the_prompts_is_held_out(tmp_path, capsys):
+    path = write(tmp_path / "rows.jsonl", [point(i % 50) for i in range(100)])
+    parts = [load(path, f"--seed={seed}") for seed in (0, 0, 1)]
+    one, again, other = ([{item[0].prompt for item in items} for items in part] for part in parts)
+    assert one == again != other and list(map(len, one)) == [45, 5] and not one[0] & one[1]
+    assert "a tenth" in capsys.readouterr().out
+
+
+def test_a_data_set_from_the_hub_is_read_by_name(monkeypatch):
+    hub = {("someone/rows", "graded"): {"test": datasets.Dataset.from_list(POINTS[:3])}}
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, data_dir: hub[path, data_dir])
+    items = load("someone/rows", "--data-dir=graded --eval-only")[1]
+    assert [row.label for (row,) in items] == [0, 1, 0]
+
+
+def test_what_is_left_out_is_told(capsys):
+    rows = [point(8, completion=" more" * 30), point(9, image="cat.png", history="Hi")]
+    long = {"prompt": "Hi", "chosen": " Yes" * 30, "rejected": " No", "rating": 5}
+    for records, count, columns in (
+        ([*POINTS, *rows], 21, "columns history, image"),
+        ([rows[0], *POINTS], 20, "columns (none)"),
+        ([long, long | {"chosen": " Yes"}], 1, "columns rating"),
+    ):
+        assert len(items_of(*records, flags="--max-length 25")) == count
+        told = capsys.readouterr().out
+        assert f" {count} rows" in told and " 1 over --max-length" in told and columns in told
+
+
+def test_reward_auc_is_the_share_of_pairs_in_order_with_ties_a_half():
+    graded = [1.0, 3.0, 2.0, 2.0], [1.0, 0.5, 0.5, 0.0], 0.3
+    for scores, labels, share in ([3.0, 1.0], [1, 0], 1), ([1.0, 1.0], [1, 1], None), graded:
+        assert ulma.concordance(torch.tensor(scores), torch.tensor(labels)) == share
+
+
+def test_exact_match_counts_answers_special_tokens_and_all(run, tmp_path, monkeypatch):
+    tokenizer = chat_tokenizer(None, eos="<eos>")
+    model = stand_in(tmp_path / "model", tokenizer=tokenizer)
+    rows = [point(i, answers=[" <b>Yes</b>", " Sure."], group="ab"[i // 2]) for i in range(3)]
+    texts = [" <b>Yes</b><eos> no", "Sure.<eos>", " Yes<eos>"]
+    added = tokenizer(texts, padding=True, return_tensors="pt").input_ids
+
+    def generate(model, input_ids, **_):
+        return torch.cat([input_ids, added], 1).repeat_interleave(ulma.SAMPLES, 0)
+
+    monkeypatch.setattr(transformers.GenerationMixin, "generate", generate)
+    metrics, out = run("--eval-only", model=model, data=write(tmp_path / "test.jsonl", rows))
+    shares = [metrics["eval"][f"exact_match{name}"] for name in ("", "/a", "/b")]
+    assert shares == pytest.approx([2 / 3, 1, 0])
+    assert read(out / "samples.jsonl")[0] == {"prompt": "Question 0?", "eval": ["<b>Yes</b>"] * 4}
+
+
+def test_samples_are_the_policys_whatever_the_models_settings_which_stay(run, small, tmp_path):
+    def samples(flags="", **paths):
+        lines = read(run(f"--eval-only {flags}", **paths)[1] / "samples.jsonl")
+        return [text for line in lines for text in line["eval"]]
+
+    plain, longest = samples(), max(map(len, TOKENIZER.get_vocab()))
+    assert len(set(plain)) == 3 * ulma.SAMPLES
+    assert max(map(len, samples("--max-new-tokens 1"))) <= longest < max(map(len, plain))
+    model = shutil.copytree(small / "model", tmp_path / "model")
+    for settings in (
+        {"do_sample": True, "top_k": 1, "min_p": 0.5, "repetition_penalty": 9.0},
+        {"num_beams": 8, "max_length": 3, "no_repeat_ngram_size": 2, "suppress_tokens": [5]},
+    ):
+        write(model / "generation_config.json", [{"eos_token_id": 2, **settings}])
+        assert samples(model=model) == plain
+        saved = run("--epochs 1", model=model)[1] / "generation_config.json"
+        assert settings.items() <= json.loads(saved.read_text()).items()
+
+
+def test_rows_end_alike_as_texts_and_through_a_template(tmp_path, run):
+    template = "{% for m in messages %}{{ m.content }}{{ '<eot>' if loop.index > 1 }}{% endfor %}"
+    tokenizer, model = chat_tokenizer(template, eos="<end>"), read_model(BASE)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    weight, end = model.get_input_embeddings().weight.data, tokenizer.convert_tokens_to_ids("<eot>")
+    weight[[1, end]] = weight[[end, 1]]
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path)
+    texts = write(tmp_path / "texts.jsonl", read(HERE / "data" / "test.jsonl")[:80])
+    chats = [row | {"prompt": chat(row["prompt"])} for row in read(texts)]
+    chats = write(tmp_path / "chats.jsonl", chats)
+    flags = "--eval-only --max-length 128 --max-new-tokens 64"
+    one = run(flags, model=BASE, data=texts)[0]["eval"]
+    other = run(flags, model=tmp_path, data=chats)[0]["eval"]
+    assert other["perplexity"] == pytest.approx(one["perplexity"], rel=1e-3)
+    assert 0.15 < one["exact_match"] == pytest.approx(other["exact_match"], abs=0.12)
+
+
+# ---- Models and mistakes ----
+A, B = json.dumps(point(1)), json.dumps(point(2, 0))
+NUMBERS = "--beta=0 --max-length=0 --max-new-tokens=0 --epochs=-1 --learning-rate=nan --log-z=inf"
+NAMES = "--methd=sft --method=rlhf --data=nowhere --model=nowhere --lora=-1"
+MISTAKES = {flag: flag.split("=")[0] for flag in f"{NUMBERS} {NAMES}".split()}
+MISTAKES |= {f"--balanced --method {method}": "--balanced" for method in ("dpo", "sft")}
+MISTAKES |= {f"--data {__file__}": "test_ulma", "--data-dir nowhere": "nowhere"}
+MISTAKES |= {f"--output-dir {HERE}": "neither new", f"--output-dir {__file__}/x": "test_ulma"}
+COLUMNS = {  # rows, with | between them; what the line tells
+    "": "rows.jsonl: train ",
+    f"{A}|{A[:-9]}": "row 1",
+    A.replace("Answer", "\xe9"): "utf-8",
+    A.replace("label", "lable"): "prompt, completion, lable",
+    A.replace(" Answer 1.", ""): "completion",
+    A.replace('" Answer 1."', "5"): "5 was read",
+    A.replace(" Answer 1.", "2024-01-31"): "datetime(2024, 1, 31",
+    A.replace(": 1}", ": 0.5}"): "--continuous",
+    A.replace(": 1}", ': "1"}'): "'1'",
+    f"{A}|{A.replace(': 1}', ': 2}')}": "train row 2: ",
+    '{"chosen": "Hi", "rejected": "\\n\\nAssistant: x"}': "prompt",
+    json.dumps(answer()): "chat_template",
+    json.dumps(point(1, completion=" long" * 99)): "--max-length",
+    "|".join([A] * 9): "label",
+    "|".join([B] * 9): "label",
+    "prompt,completion,label|Please, say yes?, Yes.,1": "more fields",
+    "prompt,chosen,rejected|Please, hello?, Hi., No.": "more fields",
+}
+COLUMNS |= {json.dumps(point(1, answers=value)): "answers" for value in ("Yes.", [1], {"a": "b"})}
+COLUMNS |= {json.dumps(point(1, weight=value)): "weight" for value in (-1, "2", [1.0])}
+UNFIT = [  # a model, how it is made, what its config.json says instead; what the line tells
+    ("bert", {"hidden_size": 32, "num_attention_heads": 2}, {}, "decoder-only"),
+    ("llama", {"rms_norm_eps": math.nan}, {}, "not finite"),
+    ("llama", {"max_position_embeddings": 71}, {}, "71 tokens"),
+    ("llama", {"tie_word_embeddings": True}, {"tie_word_embeddings": False}, "lm_head.weight"),
+    ("llama", {"attention_bias": True}, {"attention_bias": False}, "bias"),
+    ("llama", {}, {"num_hidden_layers": 1}, "layers.1"),
+    ("llama", {}, {"architectures": ["LlamaRewardModel"]}, "LlamaRewardModel"),
+    ("llama", {}, {"quantization_config": {"quant_method": "fp8"}}, "quantised"),
+]
+
+
+@pytest.mark.parametrize("name, tied", [*itertools.product(("gpt2", "llama"), (True, False))])
+def test_a_model_in_bfloat16_shards_is_trained_and_saved_in_float32(run, tmp_path, name, tied):
+    tokenizer = chat_tokenizer(None)
+    tokenizer.pad_token = None
+    model = stand_in(tmp_path, name, tokenizer, torch.bfloat16, tie_word_embeddings=tied)
+    assert len(list(model.glob("model-*.safetensors"))) > 1
+    _, out = run(model=model)
+    before, after = (read_model(folder).state_dict() for folder in (model, out))
+    changes = [(after[key] - before[key]).abs().max() for key in before]
+    assert before.keys() == after.keys() and 0 < max(changes) < 1
+    assert AutoModelForCausalLM.from_pretrained(out, dtype="auto").dtype == torch.float32
+    assert AutoTokenizer.from_pretrained(out).pad_token is None  # as it was
+
+
+@pytest.mark.parametrize("name, made, said, told", UNFIT)
+def test_a_model_that_cannot_be_trained_is_refused(run, tmp_path, name, made, said, told):
+    config = stand_in(tmp_path, name, **made) / "config.json"
+    write(config, [json.loads(config.read_text()) | said])
+    assert told in error_of(run, model=tmp_path)
+
+
+def test_pickled_weights_and_a_reference_with_another_tokenizer_are_refused(run, tmp_path):
+    stand_in(tmp_path, tokenizer=words(), vocab_size=768)
+    assert "its tokenizer is not" in error_of(run, reference=tmp_path)
+    TOKENIZER.save_pretrained(tmp_path)
+    for file in tmp_path.glob("*.safetensors*"):
+        file.rename(file.with_suffix(".bin"))
+    assert "safetensors" in error_of(run, model=tmp_path)
+
+
+def test_tokens_without_an_embedding_are_refused_where_a_row_holds_one(run, tmp_path):
+    tokenizer = chat_tokenizer(None, eos="<eos>")
+    model = stand_in(tmp_path / "model", tokenizer=tokenizer, vocab_size=768)
+    assert run(model=model)
+    for text in (" <b>", "It ends<b>.", "<b> so"):
+        data = write(tmp_path / "rows.jsonl", [*POINTS, point(1, completion=text)])
+        assert "<b>" in error_of(run, model=model, data=data)
+
+
+@pytest.mark.parametrize("source", [*MISTAKES, *COLUMNS])
+def test_a_mistake_gets_one_line_that_names_it_and_nothing_is_written(run, tmp_path, source):
+    paths = {"output_dir": tmp_path / "out"}
+    if source in COLUMNS:
+        paths["data"] = tmp_path / f"rows.{'csv' if source[:6] == 'prompt' else 'jsonl'}"
+        paths["data"].write_text(source.replace("|", "\n"), encoding="latin-1")
+    told = error_of(run, "" if source in COLUMNS else source, **paths)
+    assert (MISTAKES | COLUMNS)[source] in told and not (tmp_path / "out").exists()
+
+
+def test_several_processes_are_sent_to_the_trainer(run, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "Trainer in README" in error_of(run)
+
+
+def test_a_terminal_that_knows_no_greek_gets_question_marks(run, monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="cp1252", write_through=True)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert run() and b"? 0.7, ? log Z" in terminal.buffer.getvalue()
+
+
+@pytest.mark.parametrize("name", ["bucketed_batches", "Row", "collate", "concordance"])
+def test_a_bug_of_ours_keeps_its_traceback(run, monkeypatch, name):
+    monkeypatch.setattr(ulma, name, Mock(side_effect=ZeroDivisionError))
+    with pytest.raises(ZeroDivisionError):
+        run()
+
+
+def test_a_full_memory_is_told_in_one_line(run, monkeypatch):
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    monkeypatch.setattr(ulma, "response_logps", Mock(side_effect=error))
+    assert "out of memory" in error_of(run)
+
+
+def test_lora_trains_adapters_alone_and_saves_the_merged_model(run, small, monkeypatch, capsys):
+    pytest.importorskip("peft")
+    train, save = Mock(wraps=ulma.train), Mock(wraps=torch.save)
+    monkeypatch.setattr(ulma, "train", train)
+    monkeypatch.setattr(torch, "save", save)
+    results, out = run("--method sft --lora 2 --save-steps 3 --bf16 --learning-rate 0.03")
+    parameters = list(train.call_args.args[0].parameters())
+    kinds = {(p.requires_grad, p.dtype) for p in parameters}
+    assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
+    adapters = sum(p.numel() for p in parameters if p.requires_grad)
+    assert f"trains {adapters:,} of" in capsys.readouterr().out
+    checkpointed = save.call_args.args[0]["parameters"].values()
+    assert adapters == sum(value.numel() for value in checkpointed) < 9999
+    before, after = (read_model(folder).state_dict() for folder in (small / "model", out))
+    for name in before:  # rank 2 in all linear layers but the head
+        rank = torch.linalg.matrix_rank(torch.atleast_2d(after[name] - before[name]), rtol=1e-3)
+        assert rank == (2 if "proj" in name else 0)
+    again = run("--eval-only", model=out, reference=small / "model")[0]["eval"]
+    assert again["perplexity"] == pytest.approx(results["after"]["perplexity"], rel=0.02)
+
+
+# ---- Interruptions, and what the README says ----
+SAVING = "--save-steps 1 --log-z 0"
+DISKS = [(torch, "save", 2), (transformers.PreTrainedModel, "save_pretrained", 6)]
+
+
+def outcome(out):  # what equal runs have in common: all but the times, and steps done twice
     metrics = json.loads((out / "metrics.json").read_text())
     log = {line["step"]: {**line, "tokens_per_second": 0} for line in read(out / "log.jsonl")}
-    return list(log.values()), metrics["before"], metrics["after"]
-def same(one, other):
-    mine, yours = weights(one), weights(other)
-    assert all(torch.equal(mine[name], yours[name]) for name in mine) and figures(one) == figures(other)
-    assert sorted(path.name for path in one.iterdir()) == sorted(path.name for path in other.iterdir())
+    model, files = (out / "model.safetensors").read_bytes(), {path.name for path in out.iterdir()}
+    return log, metrics["before"], metrics["after"], model, files
+
 
 def test_a_run_killed_at_any_moment_ends_as_one_that_never_was(small, tmp_path):
-    """KILLS=20 python -m pytest -k killed_at_any: so many kills at random moments; one if not told."""
-    never = tmp_path / "never"
-    end(begin(small, never, "--save-steps", 1))
+    """KILLS=20 python -m pytest -k killed_at_any: so many kills at random moments; else one."""
+
+    def begin(out):
+        argv = options(small, f"{SAVING} --epochs 8 --batch-size 2", {"output_dir": tmp_path / out})
+        return subprocess.Popen([sys.executable, "ulma.py", *argv], cwd=HERE)
+
+    never = begin("never")
     for kill in range(int(os.environ.get("KILLS", 1))):
-        out = tmp_path / f"run-{kill}"
-        process = begin(small, out, "--save-steps", 1)
-        wait_for((out / "options.json").exists, process)
+        process = begin(f"{kill}")
+        while not (tmp_path / f"{kill}" / "options.json").exists() and process.poll() is None:
+            time.sleep(0.01)
         time.sleep(random.uniform(0, 1.5))
         process.kill()
-        process.communicate()
-        if not (out / "metrics.json").exists():
-            end(begin(small, out, "--save-steps", 1))
-        same(out, never)
+        process.wait()
+        begin(f"{kill}").wait()  # refused, if it was killed too late
+        never.wait()
+        assert outcome(tmp_path / f"{kill}") == outcome(tmp_path / "never")
 
-@pytest.mark.parametrize("lora", [0, 4])
-def test_two_processes_equal_one_and_go_on_after_a_kill(small, tmp_path, lora):
-    """Pair-wise DPO on six pairs, one held out: for the last batch, of one, a process has none."""
-    pairs = [{**point(i), "chosen": f" {i}.", "rejected": f" {i}{'!' * i}?"} for i in range(6)]
-    flags = ("--data", write(tmp_path / "pairs.jsonl", pairs), "--fine-grained", "--method", "dpo",
-             "--lora", lora, "--gradient-accumulation", 2, "--gradient-checkpointing")
-    lora and pytest.importorskip("peft")
-    one, two, killed = (tmp_path / name for name in ("one", "two", "killed"))
-    alone, pair = begin(small, one, *flags, "--batch-size", 4), begin(small, two, *flags, launcher=TORCHRUN)
-    end(alone, pair)
-    process = begin(small, killed, *flags, launcher=TORCHRUN)
-    wait_for(lambda: list(killed.glob("checkpoint-*")), process)
-    for command in Path("/proc").glob("[0-9]*/cmdline"):  # torchrun's children outlive it
-        with contextlib.suppress(OSError):  # it may have ended
-            if str(killed).encode() in command.read_bytes():
-                os.kill(int(command.parent.name), signal.SIGKILL)
-    process.communicate()
-    end(begin(small, killed, *flags, launcher=TORCHRUN))
-    same(killed, two)
-    start, single, double = (flat(weights(folder)) for folder in (small / "model", one, two))
-    assert (single - double).norm() < 1e-3 * (single - start).norm()
-    for mine, yours in zip(figures(one)[0], figures(two)[0]):
-        assert mine["loss"] == pytest.approx(yours["loss"], rel=1e-4)
-        assert mine["reward_negative"] == pytest.approx(yours["reward_negative"], rel=1e-3, abs=1e-5)
-    assert figures(one)[2]["perplexity"] == pytest.approx(figures(two)[2]["perplexity"], rel=1e-4)
 
 @pytest.fixture
-def stopped(run, monkeypatch, capsys, tmp_path):
-    """The folder of a run whose disk is full at the third checkpoint."""
-    save, calls = torch.save, itertools.count(1)
-    def full(state, path):
-        save(state, path)
-        if next(calls) == 3:
-            path.write_bytes(b"half")
-            raise OSError(28, "No space left on device")
-    monkeypatch.setattr(torch, "save", full)
-    message = error_of(capsys, run, "--save-steps", 1, "--output-dir", tmp_path / "out")
-    assert message.endswith("make room, then give the same command again: [Errno 28] No space left on device")
+def stopped(run, monkeypatch, tmp_path, small):
+    """The paths of a run that breaks at step 3: its checkpoint is of step 2."""
+    clip = torch.nn.utils.clip_grad_norm_
+    breaks = Mock(wraps=clip, side_effect=[DEFAULT, DEFAULT, torch.tensor(math.nan)])
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", breaks)
+    data = shutil.copytree(small / "rated", tmp_path / "data")
+    paths = {"output_dir": tmp_path / "out", "data": data}
+    assert re.search("not finite at step 3.*--learning-rate", error_of(run, SAVING, **paths))
     monkeypatch.undo()
-    return tmp_path / "out"
+    return paths
 
-def test_the_same_command_goes_on_and_any_other_is_refused(stopped, run, capsys, finished):
-    again = "--save-steps", 1, "--output-dir", stopped
-    assert [path.name for path in stopped.glob("checkpoint-*")] == ["checkpoint-2"]
-    assert "neither new" in error_of(capsys, run, *again, "--beta", 1)
-    assert run(*again)[0]["train"]["from_step"] == 2
-    same(stopped, run("--save-steps", 1)[1])
-    assert "neither new" in error_of(capsys, run, *again)
 
-def test_a_checkpoint_of_other_data_or_processes_or_with_code_is_refused(stopped, run, capsys):
-    file = stopped / "checkpoint-2" / "0-of-1.pt"
-    state, flags = torch.load(file, weights_only=True), ("--save-steps", 1, "--output-dir", stopped)
-    torch.save({**state, "steps": 99}, file)
-    assert "of 99 steps, not 6" in error_of(capsys, run, *flags)
-    torch.save({"step": print}, file)
-    assert "delete it to begin anew: Weights only load failed" in error_of(capsys, run, *flags)
-    file.rename(file.with_name("1-of-2.pt"))
-    assert "0-of-1.pt" in error_of(capsys, run, *flags)
+def test_the_same_command_goes_on_and_any_other_is_refused(stopped, run):
+    for more in ("--beta 1", "--seed 1", "--method sft"):
+        assert "neither new" in error_of(run, f"{SAVING} {more}", **stopped)
+    assert run(SAVING, **stopped)[0]["train"]["from_step"] == 2
+    assert outcome(stopped["output_dir"]) == outcome(run(SAVING, data=stopped["data"])[1])
+    assert "neither new" in error_of(run, SAVING, **stopped)
+
+
+def test_a_checkpoint_of_other_rows_or_with_code_is_refused(stopped, run):
+    for change in ({"label": 1}, {"completion": " Other."}, {"weight": 2}):
+        write(stopped["data"] / "train.jsonl", [*RATED[:9], RATED[9] | change])
+        assert "other rows" in error_of(run, SAVING, **stopped)
+    write(stopped["data"] / "train.jsonl", DATA["rated"])
+    torch.save({"step": print}, stopped["output_dir"] / "checkpoint.pt")
+    assert "delete it to begin anew" in error_of(run, SAVING, **stopped)
+
+
+@pytest.mark.parametrize("place, name, step", DISKS)
+def test_a_full_disk_costs_no_training(run, monkeypatch, tmp_path, place, name, step):
+    effects = [DEFAULT] * (step % 6) + [OSError(28, "No space left on device")]
+    monkeypatch.setattr(place, name, Mock(wraps=getattr(place, name), side_effect=effects))
+    assert re.search("same command.*No space left", error_of(run, SAVING, output_dir=tmp_path))
+    monkeypatch.undo()
+    assert run(SAVING, output_dir=tmp_path)[0]["train"]["from_step"] == step
+    assert outcome(tmp_path) == outcome(run(SAVING)[1])
+
 
 def test_the_readmes_command_aligns_the_embedded_model(tmp_path):
-    command = [sys.executable, "ulma.py", "--method", "ulma", "--output-dir", str(tmp_path / "out")]
-    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
-    results = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    argv = [sys.executable, "ulma.py", "--method", "ulma", f"--output-dir={tmp_path}"]
+    done = subprocess.run(argv, cwd=HERE, capture_output=True, text=True)
+    results = json.loads((tmp_path / "metrics.json").read_text())
     before, after = results["before"], results["after"]
     assert 0.20 < before["exact_match"] < 0.35 and after["exact_match"] >= 0.8
     assert after["exact_match/undemonstrated"] > before["exact_match/undemonstrated"] + 0.3
     assert after["reward_auc"] > 0.95 and after["perplexity"] < before["perplexity"]
-    assert "β 3, β log Z -1.61, learning rate 0.0003, 5 epochs" in done.stdout  # and not the paper's defaults
+    assert "β 3, β log Z -1.61, learning rate 0.0003, 5 epochs" in done.stdout
+
 
 def test_the_readmes_trainer_has_ulmas_loss_with_accumulation(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").symlink_to(HERE / "data")
-    [snippet] = re.findall(r"```python\n(import torch\n.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
-    names, base = {}, AutoModelForCausalLM.from_pretrained(HERE / "data" / "base")
+    readme, names = (HERE / "README.md").read_text(encoding="utf-8"), {}
+    [snippet] = re.findall(r"```python\n(import torch\n.*?)```", readme, re.DOTALL)
     exec(snippet, names)
     losses = [entry["loss"] for entry in names["trainer"].state.log_history if "loss" in entry]
     prompt, text, _ = names["rows"][0]
-    first = (-naive_logp(base, {"prompt": prompt, "completion": text}).item() + math.log(2)) / 2
-    assert losses[0] == pytest.approx(first, rel=1e-3) and losses[-1] < losses[0]
+    logp = naive_logp(read_model(BASE), {"prompt": prompt, "completion": text})
+    assert losses[0] == pytest.approx((-logp.item() + math.log(2)) / 2, rel=1e-3)
+    assert losses[-1] < losses[0]

@@ -2,39 +2,52 @@
 
     pip install matplotlib
     python data/experiments.py figure
+
+The rewards are those of all training rows, measured PARTS times an epoch.
 """
-import contextlib, io, sys, tempfile
+
+import contextlib
+import io
+import sys
+import tempfile
 from importlib.util import find_spec
 from unittest.mock import patch
 
 import torch
-
-import ulma
 from experiments import METHODS, ROOT
 
+import ulma
+
 COLOURS = {"SFT": "tab:gray", "point-wise DPO": "tab:orange", "ULMA": "tab:blue"}
-CLASSES = {"positives": (1, "demonstrated"), "negatives, demonstrated": (0, "demonstrated"),
-           "negatives, undemonstrated": (0, "undemonstrated")}
-BETA, PARTS = 3.0, 5  # SFT has no β: its rewards are shown for the others'; measurements in an epoch
+CLASSES = {
+    "positives": (1, "demonstrated"),
+    "negatives, demonstrated": (0, "demonstrated"),
+    "negatives, undemonstrated": (0, "undemonstrated"),
+}
+BETA = 3.0  # SFT has none: its rewards are shown for that of the others
+PARTS = 5
+
 
 def rewards_of(flags):
     """[(epoch, the mean r_θ of each class of training rows)] over a run of ulma.py."""
-    load_rows, train, batch_losses = ulma.load_rows, ulma.train, ulma.batch_losses
+    load_items, train = ulma.load_items, ulma.train
     rows, ref_logps, curve = [], [], []
 
     def keep_rows(args, tokenizer):
-        rows[:], test_rows = load_rows(args, tokenizer)
-        return rows, test_rows
+        items, test_items = load_items(args, tokenizer)
+        rows[:] = ulma.rows_of(items)
+        return items, test_items
 
     def measure(model, args, epoch):
-        logps = torch.tensor(ulma.all_logps(model, rows, args, "rewards"))
+        logps = ulma.all_logps(model, rows, args, "rewards")
         if not curve:  # π_θ is still π_ref
             ref_logps.append(logps)
         log_z = ulma.prior_log_z(ulma.mean([row.label for row in rows]), BETA)
         rewards = ulma.implicit_reward(logps, ref_logps[0], BETA, log_z).tolist()
-        means = [ulma.mean([reward for row, reward in zip(rows, rewards) if (row.label, row.group) == kind])
-                 for kind in CLASSES.values()]
-        curve.append((epoch, *means))
+        of_class = {kind: [] for kind in CLASSES.values()}
+        for row, reward in zip(rows, rewards):
+            of_class[row.label, row.group].append(reward)
+        curve.append((epoch, *map(ulma.mean, of_class.values())))
 
     def watch_training(model, items, args, out):
         steps = len(items) // args.batch_size  # in an epoch
@@ -44,22 +57,28 @@ def rewards_of(flags):
             step = next(counted)
             if step % (steps // PARTS) == 0:
                 measure(model, args, step / steps)
-            return batch_losses(*arguments)
+            return ulma.batch_losses(*arguments)
 
-        with patch("ulma.batch_losses", watch_losses):
-            figures = train(model, items, args, out)
+        figures = train(model, items, args, out, watch_losses)
         measure(model, args, args.epochs)
         return figures
 
-    with (tempfile.TemporaryDirectory() as out, patch("ulma.load_rows", keep_rows), patch("ulma.train", watch_training),
-          contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())):
+    with (
+        tempfile.TemporaryDirectory() as out,
+        patch("ulma.load_items", keep_rows),
+        patch("ulma.train", watch_training),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
         ulma.run(ulma.read_options([*flags.split(), "--output-dir", out]))
     return curve
+
 
 def main():
     if not find_spec("matplotlib"):
         sys.exit("the figure needs matplotlib: pip install matplotlib")
     from matplotlib import pyplot
+
     pyplot.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "ulma", "font.size": 9}
     torch.set_flush_denormal(True)  # as ulma.main does
     curves = {name: rewards_of(METHODS[name]) for name in COLOURS}

@@ -1,4 +1,5 @@
 """What the README shows is what comes out, and its links lead somewhere."""
+
 import contextlib
 import io
 import re
@@ -15,27 +16,33 @@ def snippets(page="README.md"):
     return re.findall(r"```(\w*)\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
 
 
+def snippet(words):
+    """The README's Python that holds these words."""
+    [found] = [text for language, text in snippets() if language == "python" and words in text]
+    return found
+
+
 def anchor_of(heading):
     """The name that GitHub gives a heading."""
     return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
 
 
 def test_by_hand_prints_what_stands_below_it():
-    blocks = snippets()
-    [i] = [i for i, (language, text) in enumerate(blocks) if language == "python" and "print(" in text]
-    assert blocks[i][1].count("\n") <= 20
+    by_hand = snippet("print(")
+    assert by_hand.count("\n") <= 20
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        exec(blocks[i][1], {})
-    assert printed.getvalue() == blocks[i + 1][1]
+        exec(by_hand, {})
+    texts = [text for _, text in snippets()]
+    assert printed.getvalue() == texts[texts.index(by_hand) + 1]
 
 
 def test_the_trainer_needs_no_second_model_with_peft(tmp_path, monkeypatch):
     pytest.importorskip("peft")
-    [trainer] = [text for language, text in snippets() if language == "python" and "class ULMATrainer" in text]
-    [peft] = [text for language, text in snippets() if language == "python" and "peft" in text]
+    trainer, peft = snippet("class ULMATrainer"), snippet("peft")
     wrap, without_adapter = re.fullmatch(r"(.*\n)( +with .*\n.*\n)", peft, re.DOTALL).groups()
     changed = re.sub(r"reference = .*\n", lambda _: wrap, trainer)
-    changed = re.sub(r" +with torch.no_grad\(\):\n.*reference.*\n", lambda _: without_adapter, changed)
+    with_reference = r" +with torch.no_grad\(\):\n.*reference.*\n"
+    changed = re.sub(with_reference, lambda _: without_adapter, changed)
     changed = re.sub(r"reference.to.*\n", "", changed)
     (tmp_path / "data").symlink_to(ROOT / "data")
     monkeypatch.chdir(tmp_path)
@@ -52,8 +59,10 @@ def test_links_inside_the_repository_resolve(page):
             path, _, anchor = target.partition("#")
             linked = (ROOT / page).parent / path if path else ROOT / page
             assert linked.exists(), target
-            headings = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), re.MULTILINE) if anchor else []
-            assert not anchor or anchor in map(anchor_of, headings), target
+            if anchor:
+                text = linked.read_text(encoding="utf-8")
+                headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+                assert anchor in map(anchor_of, headings), target
 
 
 def test_every_test_that_the_readme_names_exists():
