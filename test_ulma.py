@@ -725,7 +725,7 @@ def test_what_is_left_out_is_told(capsys):
     rows = [point(8, completion=" more" * 30), point(9, image="cat.png", history="Hi")]
     long = {"prompt": "Hi", "chosen": " Yes" * 30, "rejected": " No", "rating": 5}
     for records, count, columns in (
-        ([*POINTS, *rows], 21, "columns history, image"),
+        ([*POINTS, *rows], 21, "columns image, history"),
         ([rows[0], *POINTS], 20, "columns (none)"),
         ([long, long | {"chosen": " Yes"}], 1, "columns rating"),
     ):
@@ -1009,7 +1009,7 @@ def test_the_readmes_command_aligns_the_embedded_model(tmp_path):
     assert 0.20 < before["exact_match"] < 0.35 and after["exact_match"] >= 0.8
     assert after["exact_match/undemonstrated"] > before["exact_match/undemonstrated"] + 0.3
     assert after["reward_auc"] > 0.95 and after["perplexity"] < before["perplexity"]
-    assert "β 3, β log Z -1.61, learning rate 0.0003, 5 epochs" in done.stdout
+    assert "5 epochs" in done.stdout and "β 3, β log Z -1.61, learning rate 0.0003" in done.stdout
 
 
 def test_the_readmes_trainer_has_ulmas_loss_with_accumulation(tmp_path, monkeypatch):

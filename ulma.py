@@ -8,9 +8,8 @@ Cai et al., arXiv 2312.02554, in one file, to be read beside the paper: the firs
 It departs from the paper in one thing: a constant, by default prior_log_z, stands for log Z(x).
 The authors' code takes 0 for it (--log-z 0), the mean over response tokens for log π (--average),
 and averages positives and negatives apart (--balanced).
-
-SPDX-License-Identifier: MIT
 """
+# SPDX-License-Identifier: MIT
 
 import glob
 import hashlib
@@ -42,14 +41,14 @@ from transformers.optimization import get_cosine_schedule_with_warmup
 from transformers.utils import logging
 
 # ---- Losses ----
-# Pure functions of tensors, without reduction; copied elsewhere, they need torch alone. logps is
-# log π_θ(y|x), ref_logps log π_ref(y|x), both in nats, and labels z: of one shape, usually (B,).
+# Per response, without reduction; copied elsewhere, they need torch alone. logps is log π_θ(y|x),
+# ref_logps log π_ref(y|x), both in nats, and labels z: of one shape, usually (B,).
 
 
 def implicit_reward(logps, ref_logps, beta=0.1, log_z=0.0):
     """r_θ(x,y) = β (log π_θ(y|x) − log π_ref(y|x) + log Z(x)).
 
-    If log_z is log Z(x), π_θ is the optimum for this reward. A tensor holds one value per row.
+    π_θ is optimal for it if log_z is log Z(x): a number, or a tensor with one per row.
     """
     return beta * (logps - ref_logps + log_z)
 
@@ -118,7 +117,8 @@ class Row:
 def collate(rows):
     """input_ids and response_mask of a batch, both (B, T), padded on the right."""
     ids, masks = [row.input_ids for row in rows], [row.response_mask for row in rows]
-    return {"input_ids": pad_sequence(ids, True), "response_mask": pad_sequence(masks, True)}
+    pad = partial(pad_sequence, batch_first=True)
+    return {"input_ids": pad(ids), "response_mask": pad(masks)}
 
 
 def response_logps(model, input_ids, response_mask):
@@ -166,7 +166,7 @@ def all_logps(model, rows, args, title):
 
 
 # ---- Training ----
-# An item is what has a loss: a tuple of one row, or in pair-wise DPO of two, chosen and rejected.
+# An item has one loss: it is a tuple of a row, or in pair-wise DPO of two, chosen and rejected.
 
 
 def rows_of(items):
@@ -219,11 +219,10 @@ def train(model, items, args, out, losses_of=batch_losses):
         plan += chunks(bucketed_batches(items, args.batch_size, rng), args.gradient_accumulation)
     parameters = torch.nn.ParameterList(p for p in model.parameters() if p.requires_grad)
     optimizer = torch.optim.AdamW(parameters, args.learning_rate, weight_decay=0.0, fused=True)
-    # As in a Trainer, the warm-up, a tenth of the steps, begins at 0: its first step is idle.
+    # The warm-up, a tenth of the steps, starts at 0, as a Trainer's does: step 1 is idle.
     schedule = get_cosine_schedule_with_warmup(optimizer, len(plan) // 10, len(plan))
     state = {"parameters": parameters, "optimizer": optimizer, "schedule": schedule}
     done, digest = load_checkpoint(out, state, items)
-
     # The model stays in evaluation mode, without dropout or other noise: π_θ starts at π_ref.
     if args.gradient_checkpointing:  # by hand, as that of transformers needs training mode
         for block in model.modules():
@@ -231,8 +230,7 @@ def train(model, items, args, out, losses_of=batch_losses):
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     samples, tokens, start = 0, 0, time.perf_counter()
     logged, total, seen = done, 0.0, []  # the losses and the (r_θ, z) since step `logged`
-    bar = tqdm(plan[done:], "training")
-    for step, batches in enumerate(bar, done + 1):
+    for step, batches in enumerate(bar := tqdm(plan[done:], "training"), done + 1):
         count = sum(map(len, batches))
         for batch in batches:
             losses, rewards, labels = losses_of(model, batch, args)
@@ -247,7 +245,6 @@ def train(model, items, args, out, losses_of=batch_losses):
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-
         saves = args.save_steps and (step % args.save_steps == 0 or step == len(plan))
         if saves or step % 10 == 0 or step == len(plan):  # the loop waits for the GPU only here
             rewards, labels = torch.cat(seen, 1).cpu()
@@ -283,7 +280,8 @@ def sample(model, tokenizer, rows, args):
 
     def respond(batch):
         prompts = [row.input_ids[~row.response_mask] for row in batch]
-        ids = pad_sequence(prompts, True, -1, "left").to(model.device)  # −1 is padding
+        ids = pad_sequence(prompts, batch_first=True, padding_value=-1, padding_side="left")
+        ids = ids.to(model.device)
         with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
             output = model.generate(ids.clamp(min=0), attention_mask=(ids >= 0).long())
         texts = []
@@ -373,11 +371,12 @@ def load_items(args, tokenizer):
         splits = read_splits(args)
     test = args.test_split
     if test == "test" and test not in splits:
+        print(f"none of {', '.join(splits)} is test: a tenth of the prompts, with --eval-only all")
         test = args.train_split if args.eval_only else None
-    test_items = read_split(splits, test, args, tokenizer) if test else []
     items = [] if args.eval_only else read_split(splits, args.train_split, args, tokenizer)
-    if not test:
-        print(f"of the splits {', '.join(splits)} none is test: a tenth of the prompts is held out")
+    if test is not None:
+        test_items = read_split(splits, test, args, tokenizer)
+    else:
         prompts = sorted({item[0].prompt for item in items})
         held_out = set(random.Random(args.seed).sample(prompts, math.ceil(len(prompts) / 10)))
         test_items = [item for item in items if item[0].prompt in held_out]
@@ -408,7 +407,7 @@ def read_splits(args):
 def read_split(splits, name, args, tokenizer):
     """The items of a split. Prints what is left out of it."""
     names, place = ", ".join(splits), f"--data {args.data}: {name}"
-    require(name in splits, f"{place}: its splits are {names}; --train-split and --test-split say")
+    require(name in splits, f"{place}: its splits are {names}; see --train-split, --test-split")
     with explain(f"{place} is empty or unreadable (rows count from 0)"):
         records = list(splits[name])
     items, unread = [], {}
@@ -418,7 +417,7 @@ def read_split(splits, name, args, tokenizer):
             items += read_record(record, args, tokenizer)
         unread |= record
     kept = [item for item in items if max(len(row.input_ids) for row in item) <= args.max_length]
-    require(kept, f"{place} has no row within --max-length")
+    require(kept, f"{place} has no row, or none within --max-length")
     left = f"{len(items) - len(kept)} over --max-length, columns {', '.join(unread) or '(none)'}"
     print(f"{place}: {len(kept)} rows or pairs; left out: {left}")
     return kept
@@ -426,8 +425,8 @@ def read_split(splits, name, args, tokenizer):
 
 def read_record(record, args, tokenizer):
     """A record's items: a rated response, or a pair. What is read is taken out."""
-    told = f"it has {', '.join(record)}; needed: prompt, completion, label, or chosen, rejected"
-    require("__index_level_0__" not in record, "it has more fields than columns")
+    told = f"it has {', '.join(record)}; needed, not empty: prompt, completion, label, or a pair"
+    require("__index_level_0__" not in record, "it has more fields than the header")
     prompt, group = record.pop("prompt", None), record.pop("group", None)
     answers, weight = record.pop("answers", []), record.pop("weight", 1.0)
     are_texts = isinstance(answers, list) and all(isinstance(text, str) for text in answers)
@@ -459,11 +458,9 @@ def messages_of(value, role):
         return [{"role": role, "content": value}]
     with explain("no messages"):
         messages = [{key: m[key] for key in m if m[key] is not None} for m in value]
-    for message in messages:
-        types = {key: type(text) for key, text in message.items()}
-        told = f"a message is {message!r:.80}, not a role and a content, both texts"
-        require(types == {"role": str, "content": str}, told)
-    require(messages, "there are no messages")
+    types = [{key: type(text) for key, text in message.items()} for message in messages]
+    are_plain = types and all(kinds == {"role": str, "content": str} for kinds in types)
+    require(are_plain, f"{value!r:.90}: not messages of a role and a content, both texts")
     return messages
 
 
@@ -475,12 +472,13 @@ def render(prompt, response, tokenizer):
         if prompt is None:  # a transcript, as in HH-RLHF
             before, turn, response = response.rpartition("\n\nAssistant:")
             prompt = before + turn
-        require(isinstance(prompt, str) and prompt, f"no text for a prompt: {prompt!r}")
+        require(isinstance(prompt, str) and prompt, f"no prompt, or no text: {prompt!r}")
         require(" " not in prompt or not response.startswith(prompt), "it repeats the prompt")
         return start, prompt, "", response.removesuffix(tokenizer.eos_token) + tokenizer.eos_token
     prompt = messages_of(prompt, "user") if prompt else []
     messages = messages_of(response, "assistant")
-    messages = messages if len(messages) > 1 else prompt + messages
+    if len(messages) == 1:
+        messages = prompt + messages
     *asked, last = messages
     require(prompt in ([], asked[-len(prompt) :]), "the conversation does not hold the prompt")
     is_answer = asked and asked[-1]["role"] != last["role"] == "assistant"
@@ -526,12 +524,12 @@ def encode(start, opening, response, tokenizer):
 
 def training_items(items, method):
     """For sft rows of label 1; for dpo the pairs, else pairs of rows of one prompt; else rows."""
-    rows = rows_of(items)
+    rows, pairs = rows_of(items), [item for item in items if len(item) == 2]
+    good = [row for row in rows if row.label == 1]
     if method != "dpo":
-        return [(row,) for row in rows if row.label == 1 or method != "sft"]
-    pairs = [item for item in items if len(item) == 2]
-    good, bad = ([row for row in rows if (row.label == 1) is kind] for kind in (True, False))
-    return pairs or [(a, b) for a in good for b in bad if a.prompt == b.prompt]
+        return [(row,) for row in (good if method == "sft" else rows)]
+    bad = [row for row in rows if row.label != 1]
+    return pairs or [(one, other) for one in good for other in bad if one.prompt == other.prompt]
 
 
 # ---- Models and checkpoints ----
@@ -583,8 +581,8 @@ def save_model(model, tokenizer, args, out):
     trained = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
     stored = read_model(args.model)
     adapters = add_lora(stored, args) if args.lora else None
-    unexpected = stored.load_state_dict(trained, strict=False).unexpected_keys
-    assert not unexpected, unexpected
+    keys = stored.load_state_dict(trained, strict=False)
+    assert not keys.unexpected_keys, keys
     with explain(f"{out}: make room, then give the same command again"):
         (adapters.merge_and_unload() if adapters else stored).save_pretrained(out)
         tokenizer.save_pretrained(out)
@@ -650,7 +648,7 @@ class Options:
     log_z: float = arg(None, "else prior_log_z(mean label)")
     continuous: bool = arg(False, "squared errors; z is the score, if any")
     average: bool = arg(False, "log π is the mean over tokens, not the sum")
-    balanced: bool = arg(False, "label 1 weighs like all others")
+    balanced: bool = arg(False, "label 1 weighs as much as the rest")
     learning_rate: float = arg(None, "at its peak: 1e-5, on data/ 3e-4")
     epochs: int = arg(None, "3, on data/ 5")
     batch_size: int = arg(16, "rows or pairs per forward pass")
@@ -669,17 +667,17 @@ def read_options(argv):
     parser = HfArgumentParser(Options, prog="ulma.py", usage=SUPPRESS)
     args = Options(**vars(parser.parse_args(argv)))
     is_ours = Path(args.data).resolve().is_relative_to(HERE / "data")  # then the best of a sweep
-    for name, best, papers in ("beta", 3.0, 0.1), ("learning_rate", 3e-4, 1e-5), ("epochs", 5, 3):
+    for name, best, paper in ("beta", 3.0, 0.1), ("learning_rate", 3e-4, 1e-5), ("epochs", 5, 3):
         if getattr(args, name) is None:
-            setattr(args, name, best if is_ours else papers)
+            setattr(args, name, best if is_ours else paper)
     names = "beta learning_rate epochs batch_size gradient_accumulation max_length max_new_tokens"
     for name in names.split():
         require(0 < getattr(args, name) < math.inf, f"--{name.replace('_', '-')} must be over 0")
     require(math.isfinite(args.log_z or 0), "--log-z must be finite")
     require(os.environ.get("WORLD_SIZE", "1") == "1", "several processes: the Trainer in README")
     require(args.output_dir or not args.save_steps, "--save-steps needs --output-dir")
-    weighs = args.method in ("ulma", "pointwise-dpo") or not args.balanced
-    require(weighs, f"--balanced means nothing to {args.method}")
+    if args.method in ("sft", "dpo"):
+        require(not args.balanced, f"--balanced means nothing to {args.method}")
     return args
 
 
@@ -697,25 +695,24 @@ def run(args):
         row.weight *= len(rows) / 2 / part
     total = sum(row.weight for row in rows) or 1.0
     mean_label = sum(row.weight * row.label for row in rows) / total
-    told = f"{args.method}: {len(rows)} rows, {positives} of label 1, {len(test_rows)} to test on"
-    require(items or args.eval_only, f"too few for {told}")
+    counts = f"{len(rows)} rows, {positives} of label 1, beside {len(test_rows)} to test on"
+    require(items or args.eval_only, f"nothing to train {args.method} on: {counts}")
     if args.log_z is None:
         args.log_z = 0.0
         if items and args.method in ("ulma", "pointwise-dpo"):
-            require(0 < mean_label < 1, f"the mean label is {mean_label:g} for {told}")
+            require(0 < mean_label < 1, f"the mean label is {mean_label:g}: {counts}")
             args.log_z = prior_log_z(mean_label, args.beta, args.continuous)
     default = f"runs/{args.method}-{time.strftime('%y%m%d-%H%M%S')}-{os.getpid()}"
     out = Path(args.output_dir or default)
-    options, left = out / "options.json", {path.name for path in out.glob("*")}
-    same = "options.json" in left and json.loads(options.read_text()) == asdict(args)
-    unfinished = same and "metrics.json" not in left
-    require(unfinished or not left, f"--output-dir {out} is neither new nor this, unfinished")
-
+    options = out / "options.json"
+    same = options.exists() and options.read_text() == json.dumps(asdict(args)) + "\n"
+    resumes = same and not (out / "metrics.json").exists()
+    require(resumes or not any(out.glob("*")), f"--output-dir {out} is neither new nor this run's")
     # One reference pass, so that no second model stays in memory.
     model = load_model(args.reference or args.model, args, tokenizer)
-    last = max(row.input_ids.max() for row in rows + test_rows)
-    known = last < model.get_input_embeddings().num_embeddings
-    require(known, f"the model has no embedding for {tokenizer.decode(last)!r}, held by a row")
+    highest = max(row.input_ids.max() for row in rows + test_rows)
+    known = highest < model.get_input_embeddings().num_embeddings
+    require(known, f"the model has no embedding for {tokenizer.decode(highest)!r}, held by a row")
     start = time.perf_counter()
     parts = [test_rows] if items or args.reference else []
     if items and (args.reference or args.method != "sft"):
@@ -729,12 +726,14 @@ def run(args):
         model = load_model(args.model, args, tokenizer)
     sizes = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     modules = sorted({name.split(".lora_")[0].split(".")[-1] for name in sizes if args.lora})
-    told = f"{sum(sizes.values()):,} of {model.num_parameters():,} parameters"
-    print(f"--model {args.model} on {model.device}: trains {', '.join([told, *modules])}")
-    told = f"β {args.beta:g}, β log Z {args.beta * args.log_z:.3g}, learning rate "
-    told += f"{args.learning_rate:g}, {args.epochs} epochs, saved to {out}"
-    print(f"--method {args.method}: {len(items)} rows or pairs, {told}")
-
+    trained = f"{sum(sizes.values()):,} of {model.num_parameters():,} parameters"
+    print(f"--model {args.model} on {model.device}: trains {', '.join([trained, *modules])}")
+    print(
+        f"--method {args.method}: {len(items)} rows or pairs, {args.epochs} epochs, saved to {out}"
+    )
+    print(
+        f"β {args.beta:g}, β log Z {args.beta * args.log_z:.3g}, learning rate {args.learning_rate:g}"
+    )
     results, samples = {"options": asdict(args)}, {}
     title = "eval" if args.eval_only else "before"
     results[title], samples[title] = evaluate(model, tokenizer, test_rows, args)
@@ -759,8 +758,8 @@ def report(results, lines):
     print(f"\n{'':28}" + "".join(f"{name:>12}" for name in results))
     for metric in next(iter(results.values())):
         values = [metrics[metric] for metrics in results.values()]
-        cells = ("         n/a" if value is None else f"{value:12.3f}" for value in values)
-        print(f"{metric:28}" + "".join(cells))
+        if None not in values:
+            print(f"{metric:28}" + "".join(f"{value:12.3f}" for value in values))
     for line in lines[:: math.ceil(len(lines) / SAMPLES)]:
         print("\n" + " ".join(line["prompt"].split())[-90:])
         for name in results:
