@@ -728,11 +728,9 @@ def run(args):
     modules = sorted({name.split(".lora_")[0].split(".")[-1] for name in sizes if args.lora})
     trained = f"{sum(sizes.values()):,} of {model.num_parameters():,} parameters"
     print(f"--model {args.model} on {model.device}: trains {', '.join([trained, *modules])}")
+    print(f"{args.method}: {len(items)} rows or pairs, {args.epochs} epochs, saved to {out}")
     print(
-        f"--method {args.method}: {len(items)} rows or pairs, {args.epochs} epochs, saved to {out}"
-    )
-    print(
-        f"β {args.beta:g}, β log Z {args.beta * args.log_z:.3g}, learning rate {args.learning_rate:g}"
+        f"β {args.beta:g}, β log Z {args.beta * args.log_z:.3g}, learning rate {args.learning_rate}"
     )
     results, samples = {"options": asdict(args)}, {}
     title = "eval" if args.eval_only else "before"
