@@ -728,10 +728,8 @@ def run(args):
     modules = sorted({name.split(".lora_")[0].split(".")[-1] for name in sizes if args.lora})
     trained = f"{sum(sizes.values()):,} of {model.num_parameters():,} parameters"
     print(f"--model {args.model} on {model.device}: trains {', '.join([trained, *modules])}")
-    print(f"{args.method}: {len(items)} rows or pairs, {args.epochs} epochs, saved to {out}")
-    print(
-        f"β {args.beta:g}, β log Z {args.beta * args.log_z:.3g}, learning rate {args.learning_rate}"
-    )
+    print(f"{args.method}: {len(items)} items, learning rate {args.learning_rate}, saved to {out}")
+    print(f"β {args.beta:g}, β log Z {args.beta * args.log_z:.3g}, {args.epochs} epochs")
     results, samples = {"options": asdict(args)}, {}
     title = "eval" if args.eval_only else "before"
     results[title], samples[title] = evaluate(model, tokenizer, test_rows, args)
