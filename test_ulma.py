@@ -297,6 +297,7 @@ CASES = [f"{data} {method}" for data in ("rated", "weighted") for method in (*ME
 CASES += [f"rated {method} --balanced" for method in METHODS]
 CASES += [f"rated {method} --average" for method in (METHODS[0], METHODS[3], "dpo")]
 CASES += ["rated dpo", "mixed ulma --continuous", "mixed pointwise-dpo --continuous --balanced"]
+CASES += ["weighted ulma --balanced --log-z 0"]
 CASES += ["rated ulma --average --balanced --log-z 0"]  # the authors' code
 NOISY = {"attention_dropout": 0.5, "dropout": 0.5, "router_jitter_noise": 0.1, "vocab_size": 768}
 NOISY |= {"query_pre_attn_scalar": 8, "ffn_dim": 48, "word_embed_proj_dim": 32} | SIZES
@@ -385,6 +386,15 @@ def test_a_steps_gradient_and_log_are_those_of_the_papers_mean_loss(watched, sma
     if "dpo" != flags.split()[0]:  # where a row has several pairs; SFT reads no reference
         expected = [None, None] if flags == "sft" else pytest.approx(rewards, rel=1e-3)
         assert [line["reward_positive"], line["reward_negative"]] == expected
+
+
+def test_a_pair_weighs_the_mean_of_its_rows(small):
+    model, args = read_model(small / "model"), ulma.read_options(["--method=dpo", "--log-z=0"])
+    losses = []
+    for weights in ((1.0, 1.0), (1.0, 4.0)):
+        pair = [row(weight=w, ref_logp=-2.0, length=n) for w, n in zip(weights, (3, 2))]
+        losses.append(ulma.batch_losses(model, [tuple(pair)], args)[0])
+    assert_close(losses[1], 2.5 * losses[0])
 
 
 def test_reward_auc_and_perplexity_are_of_the_test_rows_against_the_reference(run, small):
