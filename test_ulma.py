@@ -702,6 +702,13 @@ def test_files_folders_and_formats_hold_the_same_rows(tmp_path):
         load(tmp_path / "[a] *b*")
 
 
+def test_a_csv_is_read_as_it_is_written(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text('prompt,completion,label\nA?,NA,1\nB?," ""Yes"", he said",0\n')
+    texts = decoded([*itertools.chain(*load(path))], TOKENIZER)
+    assert sorted(texts) == [("A?", "NA<eos>"), ("B?", ' "Yes", he said<eos>')]
+
+
 def test_splits_serve_by_their_names(tmp_path):
     (tmp_path / "data").mkdir()
     for i, name in enumerate(("a", "b", "test")):
@@ -830,6 +837,7 @@ COLUMNS = {  # rows, with | between them; what the line tells
     "|".join([B] * 9): "label",
     "prompt,completion,label|Please, say yes?, Yes.,1": "more fields",
     "prompt,chosen,rejected|Please, hello?, Hi., No.": "more fields",
+    'prompt,completion,label|Hi?," It is \\"so\\" here",1': "expected after",  # quotes as Spark's
 }
 COLUMNS |= {json.dumps(point(1, answers=value)): "answers" for value in ("Yes.", [1], {"a": "b"})}
 COLUMNS |= {json.dumps(point(1, weight=value)): "weight" for value in (-1, "2", [1.0])}
