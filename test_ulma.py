@@ -595,6 +595,7 @@ FORMS = [
     {"prompt": ASKED, "chosen": ASKED + GOOD, "rejected": ASKED + BAD},
     {"prompt": "Bye", "chosen": ASKED + GOOD, "rejected": ASKED + BAD},  # UltraFeedback
     {"prompt": ASKED, "completion": "Good.", "label": True, "rejected": None},
+    {"prompt": [m | {"name": None} for m in ASKED], "completion": GOOD, "label": 1},
     {"prompt": None, "completion": ASKED + GOOD, "label": True},
 ]
 SYSTEM = {"prompt": [{"role": "system", "content": "Be brief."}, *chat("Hi")]}
@@ -749,6 +750,8 @@ def test_what_is_left_out_is_told(capsys):
         assert len(items_of(*records, flags="--max-length 25")) == count
         told = capsys.readouterr().out
         assert f" {count} rows" in told and " 1 over --max-length" in told and columns in told
+    [(exact,)] = items_of(POINTS[0])
+    assert len(items_of(POINTS[0], flags=f"--max-length {len(exact.input_ids)}")) == 1
 
 
 def test_reward_auc_is_the_share_of_pairs_in_order_with_ties_a_half():
@@ -1006,7 +1009,7 @@ def test_a_checkpoint_of_other_rows_or_with_code_is_refused(stopped, run):
         assert "other rows" in error_of(run, SAVING, **stopped)
     write(stopped["data"] / "train.jsonl", DATA["rated"])
     torch.save({"step": print}, stopped["output_dir"] / "checkpoint.pt")
-    assert "delete it to begin anew" in error_of(run, SAVING, **stopped)
+    assert "begin anew: Weights only" in error_of(run, SAVING, **stopped)
 
 
 @pytest.mark.parametrize("place, name, step", DISKS)
