@@ -837,6 +837,8 @@ COLUMNS = {  # rows, with | between them; what the line tells
     json.dumps(answer()): "chat_template",
     json.dumps(point(1, completion=" long" * 99)): "--max-length",
     "|".join([A] * 9): "label",
+    "|".join(json.dumps(point(i)) for i in range(9)): "the mean label is 1",
+    "|".join(json.dumps(point(i, 0)) for i in range(9)): "the mean label is 0",
     "|".join([B] * 9): "label",
     "prompt,completion,label|Please, say yes?, Yes.,1": "more fields",
     "prompt,chosen,rejected|Please, hello?, Hi., No.": "more fields",
@@ -890,9 +892,10 @@ def test_tokens_without_an_embedding_are_refused_where_a_row_holds_one(run, tmp_
     tokenizer = chat_tokenizer(None, eos="<eos>")
     model = stand_in(tmp_path / "model", tokenizer=tokenizer, vocab_size=768)
     assert run(model=model)
-    for text in (" <b>", "It ends<b>.", "<b> so"):
-        data = write(tmp_path / "rows.jsonl", [*POINTS, point(1, completion=text)])
-        assert "<b>" in error_of(run, model=model, data=data)
+    for token in (tokenizer.convert_ids_to_tokens(768), "<b>"):  # of 768, the first without one
+        for text in (f" {token}", f"It ends{token}.", f"{token} so"):
+            data = write(tmp_path / "rows.jsonl", [*POINTS, point(1, completion=text)])
+            assert token in error_of(run, model=model, data=data)
 
 
 @pytest.mark.parametrize("source", [*MISTAKES, *COLUMNS])
