@@ -598,7 +598,7 @@ FORMS = [
     {"prompt": [m | {"name": None} for m in ASKED], "completion": GOOD, "label": 1},
     {"prompt": None, "completion": ASKED + GOOD, "label": True},
 ]
-SYSTEM = {"prompt": [{"role": "system", "content": "Be brief."}, *chat("Hi")]}
+SYSTEM = {"prompt": [{"role": "system", "content": "Hi"}, *chat("Hi")]}  # the same text twice
 REFUSED = [  # an edit of CHATML, a record, what is told
     ("in messages", "in messages if m.role != 'system'", SYSTEM, "leaves out or changes"),
     ("in messages", "in messages[-2:]", {"prompt": ASKED}, "leaves out or changes"),
