@@ -371,12 +371,12 @@ def load_items(args, tokenizer):
         splits = read_splits(args)
     test = args.test_split
     if test == "test" and test not in splits:
-        print(f"none of {', '.join(splits)} is test: a tenth of the prompts, with --eval-only all")
         test = args.train_split if args.eval_only else None
     items = [] if args.eval_only else read_split(splits, args.train_split, args, tokenizer)
     if test is not None:
         test_items = read_split(splits, test, args, tokenizer)
     else:
+        print(f"none of {', '.join(splits)} is test: a tenth of the prompts is held out")
         prompts = sorted({item[0].prompt for item in items})
         held_out = set(random.Random(args.seed).sample(prompts, math.ceil(len(prompts) / 10)))
         test_items = [item for item in items if item[0].prompt in held_out]
@@ -643,9 +643,9 @@ class Options:
     data_dir: str = arg(None, "the folder within --data")
     train_split: str = "train"
     test_split: str = arg("test", "to test on, or else a tenth of the prompts")
-    output_dir: str = arg(None, "else a new folder in runs/")
+    output_dir: str = arg(None, "by default a new folder in runs/")
     beta: float = arg(None, "β, of the KL regulariser: 0.1, on data/ 3")
-    log_z: float = arg(None, "else prior_log_z(mean label)")
+    log_z: float = arg(None, "by default prior_log_z(mean label)")
     continuous: bool = arg(False, "squared errors; z is the score, if any")
     average: bool = arg(False, "log π is the mean over tokens, not the sum")
     balanced: bool = arg(False, "label 1 weighs as much as the rest")
@@ -768,7 +768,7 @@ def main(argv=None):
     logging.set_verbosity_error()
     torch.set_flush_denormal(True)  # a CPU is many times slower where σ(r) underflows
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # it may not know β
+        sys.stdout.reconfigure(errors="replace")  # a terminal may not know β
     try:
         return run(read_options(argv))
     except (Mistake, torch.OutOfMemoryError) as error:
