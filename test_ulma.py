@@ -259,7 +259,7 @@ DATA = {
 def small(tmp_path_factory):
     """A tiny model; ten rated rows to train on, three with answers to test on."""
     folder = tmp_path_factory.mktemp("small")
-    stand_in(folder / "model")
+    stand_in(folder / "model", attention_dropout=0.5)  # which training is to turn off
     for name, rows in DATA.items():
         write(folder / name / "train.jsonl", rows)
         write(folder / name / "test.jsonl", [{**row, "answers": TEXTS} for row in RATED[:3]])
@@ -1036,14 +1036,95 @@ def test_the_readmes_command_aligns_the_embedded_model(tmp_path):
     assert "learning rate 0.0003" in done.stdout and "β 3, β log Z -1.61, 5 epochs" in done.stdout
 
 
-def test_the_readmes_trainer_has_ulmas_loss_with_accumulation(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "data").symlink_to(HERE / "data")
-    readme, names = (HERE / "README.md").read_text(encoding="utf-8"), {}
-    [snippet] = re.findall(r"```python\n(import torch\n.*?)```", readme, re.DOTALL)
-    exec(snippet, names)
-    losses = [entry["loss"] for entry in names["trainer"].state.log_history if "loss" in entry]
-    prompt, text, _ = names["rows"][0]
-    logp = naive_logp(read_model(BASE), {"prompt": prompt, "completion": text})
-    assert losses[0] == pytest.approx((-logp.item() + math.log(2)) / 2, rel=1e-3)
-    assert losses[-1] < losses[0]
+# ---- The Trainer in the README ----
+README = (HERE / "README.md").read_text(encoding="utf-8")
+TRAINER_FLAGS = "--max_length 64 --learning_rate 3e-3 --num_train_epochs 2 --beta .7 --use_cpu"
+TRAINER_FLAGS += " --per_device_train_batch_size 1 --train_sampling_strategy sequential"
+# accelerate shards on GPUs alone, so it is told that these CPUs are some; DIES_AT is a step.
+LAUNCH = """
+import os, runpy, sys
+from accelerate.state import DistributedType, PartialState
+from transformers import Trainer
+
+prepare, take_step = Trainer.create_accelerator_and_postprocess, Trainer.training_step
+
+
+def prepare_for_gpus(trainer):
+    if trainer.args.fsdp:
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    prepare(trainer)
+
+
+def take_step_or_die(trainer, model, *inputs):
+    if str(trainer.state.global_step) == os.environ.get("DIES_AT"):
+        os.kill(os.getpid(), 9)
+    print("the model is a", type(model).__name__)
+    return take_step(trainer, model, *inputs)
+
+
+Trainer.create_accelerator_and_postprocess = prepare_for_gpus
+Trainer.training_step = take_step_or_die
+sys.argv[:1] = []
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture
+def trainer(small, tmp_path):
+    """trainer(flags): what the README's trainer.py prints, and the weights that it leaves."""
+    [script] = re.findall(r"```python\n(from dataclasses.*?)```", README, re.DOTALL)
+    assert script.count("\n") <= 60
+    (tmp_path / "trainer.py").write_text(script)
+    (tmp_path / "launch.py").write_text(LAUNCH)
+    paths = ["--model", small / "model", "--data", small / "weighted", "--output_dir", "out"]
+    environment = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+
+    def call(flags, processes=1, code=0, **more):
+        argv = [sys.executable, "launch.py", "trainer.py", *paths]
+        if processes > 1:
+            argv[1:1] = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+        argv = list(map(str, [*argv, *TRAINER_FLAGS.split(), *flags.split()]))
+        done = subprocess.run(argv, cwd=tmp_path, env=environment | more, capture_output=True)
+        assert done.returncode == code, done.stderr.decode()[-3000:]
+        return done.stdout.decode()
+
+    return call
+
+
+@pytest.mark.parametrize(
+    "processes, flags, same, kind",
+    [
+        (1, "--gradient_accumulation_steps 2", "", "LlamaForCausalLM"),
+        (2, "", "", "DistributedDataParallel"),
+        (2, "--fsdp --gradient_checkpointing", "", "FSDPLlamaForCausalLM"),
+        (1, "--gradient_accumulation_steps 2 --lora 2 --method pointwise-dpo", "--lora 2", "Peft"),
+    ],
+)
+def test_the_trainer_leaves_the_weights_of_ulma(
+    trainer, run, small, tmp_path, monkeypatch, processes, flags, same, kind
+):
+    if same:
+        pytest.importorskip("peft")
+        same += " --method pointwise-dpo"
+    monkeypatch.setattr(ulma, "bucketed_batches", lambda items, size, _: ulma.chunks(items, size))
+    _, out = run(f"--batch-size 2 {same}", data=small / "weighted")
+    assert f"the model is a {kind}" in trainer(flags, processes)
+    folders = small / "model", out, tmp_path / "out"
+    initial, expected, actual = (read_model(folder).state_dict() for folder in folders)
+    assert_close(actual, expected, rtol=0, atol=1e-5)
+    assert max((actual[name] - initial[name]).abs().max() for name in actual) > 1e-3
+
+
+def test_the_trainer_killed_and_continued_ends_as_one_that_never_was(trainer, tmp_path):
+    flags = "--train_sampling_strategy random --save_steps 2 --output_dir"
+    trainer(f"{flags} never")
+    trainer(f"{flags} killed", DIES_AT="7", code=-9)
+    trainer(f"{flags} killed --resume_from_checkpoint killed/checkpoint-6")
+    never, killed = (read_model(tmp_path / name).state_dict() for name in ("never", "killed"))
+    assert_close(killed, never, rtol=0, atol=0)
+
+
+def test_one_process_for_several_gpus_is_refused():
+    ids, mask = torch.tensor([[9, 3, 44]]), torch.tensor([[False, True, True]])
+    with pytest.raises(ulma.Mistake, match="torchrun"):
+        ulma.response_logps(torch.nn.DataParallel(tiny("llama")), ids, mask)

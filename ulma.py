@@ -115,10 +115,13 @@ class Row:
 
 
 def collate(rows):
-    """input_ids and response_mask of a batch, both (B, T), padded on the right."""
-    ids, masks = [row.input_ids for row in rows], [row.response_mask for row in rows]
-    pad = partial(pad_sequence, batch_first=True)
-    return {"input_ids": pad(ids), "response_mask": pad(masks)}
+    """A batch: input_ids and response_mask, (B, T), padded on the right; numbers of rows, (B,)."""
+    batch = {}
+    for name in ("input_ids", "response_mask"):
+        batch[name] = pad_sequence([getattr(row, name) for row in rows], batch_first=True)
+    for name in ("label", "weight", "ref_logp"):
+        batch[name] = torch.tensor([getattr(row, name) for row in rows])
+    return batch
 
 
 def response_logps(model, input_ids, response_mask):
@@ -129,6 +132,7 @@ def response_logps(model, input_ids, response_mask):
     token, which nothing predicts; where all is False, the sum is 0. The model is any decoder-only
     one of transformers: its own forward pass scales or caps the logits.
     """
+    require(not isinstance(model, torch.nn.DataParallel), "several GPUs: start it with torchrun")
     # The logits at t predict token t + 1. If the mask is on the CPU, nonzero() awaits no GPU.
     predicted = response_mask[:, 1:].bool()
     rows, positions = predicted.nonzero().to(input_ids.device, non_blocking=True).unbind(1)
@@ -145,9 +149,8 @@ def response_logps(model, input_ids, response_mask):
     return token_logps.sum(1)
 
 
-def batch_logps(model, rows, args):
-    """log π_θ(y|x) of the rows, from one forward pass: (len(rows),), on the model's device."""
-    batch = collate(rows)
+def batch_logps(model, batch, args):
+    """log π_θ(y|x) of a batch's rows, from one forward pass: (B,), on the model's device."""
     input_ids = batch["input_ids"].to(model.device, non_blocking=True)
     with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
         logps = response_logps(model, input_ids, batch["response_mask"])
@@ -159,8 +162,8 @@ def batch_logps(model, rows, args):
 @torch.no_grad()
 def all_logps(model, rows, args, title):
     """log π_θ(y|x) of all rows: (len(rows),), on the CPU."""
-    score = partial(batch_logps, model, args=args)
-    logps = torch.stack(map_batches(score, rows, 2 * args.batch_size, title)).cpu()
+    size, score = args.batch_size, lambda rows: batch_logps(model, collate(rows), args)
+    logps = torch.stack(map_batches(score, rows, size, title)).cpu()
     require(logps.isfinite().all(), "log π(y|x) is not finite: --learning-rate, or the weights?")
     return logps
 
@@ -192,10 +195,10 @@ def bucketed_batches(items, batch_size, rng):
 
 def batch_losses(model, items, args):
     """The loss of each item; r_θ (NaN if log π_ref is unknown) and the label of each row."""
-    rows = rows_of(items)
-    logps = batch_logps(model, rows, args)
-    numbers = torch.tensor([(row.ref_logp, row.label, row.weight) for row in rows])
-    ref_logps, labels, weights = numbers.to(logps.device, non_blocking=True).unbind(1)
+    batch = collate(rows_of(items))
+    logps = batch_logps(model, batch, args)
+    numbers = torch.stack([batch[name] for name in ("ref_logp", "label", "weight")])
+    ref_logps, labels, weights = numbers.to(logps.device, non_blocking=True)
     rewards = implicit_reward(logps.detach(), ref_logps, args.beta, args.log_z)
     if args.method == "dpo":  # chosen and rejected rows alternate
         losses = dpo_loss(logps[::2], logps[1::2], ref_logps[::2], ref_logps[1::2], args.beta)
@@ -224,10 +227,6 @@ def train(model, items, args, out, losses_of=batch_losses):
     state = {"parameters": parameters, "optimizer": optimizer, "schedule": schedule}
     done, digest = load_checkpoint(out, state, items)
     # The model stays in evaluation mode, without dropout or other noise: π_θ starts at π_ref.
-    if args.gradient_checkpointing:  # by hand, as that of transformers needs training mode
-        for block in model.modules():
-            if isinstance(block, GradientCheckpointingLayer):
-                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     samples, tokens, start = 0, 0, time.perf_counter()
     logged, total, seen = done, 0.0, []  # the losses and the (r_θ, z) since step `logged`
     for step, batches in enumerate(bar := tqdm(plan[done:], "training"), done + 1):
@@ -257,7 +256,7 @@ def train(model, items, args, out, losses_of=batch_losses):
             told = f"loss or gradient is not finite at step {step}; try a lower --learning-rate"
             require(math.isfinite(line["loss"] + line["gradient_norm"]), told)
             bar.set_postfix(loss=line["loss"])
-            write_log(out, line)
+            write(out / "log.jsonl", [line], "a")
             logged, total, seen = step, 0.0, []
         if saves:
             save_checkpoint(out, state, {"step": step, "rows": digest})
@@ -536,19 +535,22 @@ def training_items(items, method):
 
 
 def load_model(name, args, tokenizer):
-    """The model, ready for training."""
+    """The model, ready for training, but in evaluation mode: checkpointing is done by hand."""
     with explain(f"the model {name}"):
-        model = read_model(name).eval()
+        model = read_model(name)
         vocabulary = AutoTokenizer.from_pretrained(name).get_vocab()
         require(vocabulary == tokenizer.get_vocab(), "its tokenizer is not that of --model")
         most = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
         require(args.max_length + args.max_new_tokens <= most, f"it takes {most} tokens in all")
     if args.lora:
-        add_lora(model, args)
+        model = add_lora(model, args)
     for parameter in model.parameters():
         if args.bf16 and not parameter.requires_grad:  # what is trained stays float32
             parameter.data = parameter.data.bfloat16()
-    return model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    for block in model.modules():
+        if args.gradient_checkpointing and isinstance(block, GradientCheckpointingLayer):
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    return model.eval().to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
 
 
 def read_model(name):
@@ -567,24 +569,27 @@ def read_model(name):
 
 
 def add_lora(model, args):
-    """Freezes the model but for new adapters, which the returned wrapper can merge."""
+    """The model, frozen, with new adapters that are trained."""
     with explain("--lora"):
-        from peft import LoraConfig, LoraModel
+        from peft import LoraConfig, PeftModelForCausalLM
 
         torch.manual_seed(args.seed)
         config = LoraConfig(r=args.lora, lora_alpha=2 * args.lora, target_modules="all-linear")
-        return LoraModel(model, config, "default")
+        return PeftModelForCausalLM(model, config)
 
 
 def save_model(model, tokenizer, args, out):
     """Writes the stored model in float32, with the trained weights put or merged in."""
     trained = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
     stored = read_model(args.model)
-    adapters = add_lora(stored, args) if args.lora else None
+    if args.lora:
+        stored = add_lora(stored, args)
     keys = stored.load_state_dict(trained, strict=False)
     assert not keys.unexpected_keys, keys
+    if args.lora:
+        stored = stored.merge_and_unload()
     with explain(f"{out}: make room, then give the same command again"):
-        (adapters.merge_and_unload() if adapters else stored).save_pretrained(out)
+        stored.save_pretrained(out)
         tokenizer.save_pretrained(out)
 
 
@@ -594,10 +599,6 @@ def write(path, values, mode="w"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open(mode) as file:
             file.writelines(json.dumps(value) + "\n" for value in values)
-
-
-def write_log(out, line):
-    write(out / "log.jsonl", [line], "a")
 
 
 def save_checkpoint(out, state, figures):
@@ -627,7 +628,6 @@ def load_checkpoint(out, state, items):
 
 # ---- Command line ----
 HERE = Path(__file__).resolve().parent
-BF16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def arg(default, help):
@@ -654,7 +654,7 @@ class Options:
     batch_size: int = arg(16, "rows or pairs per forward pass")
     gradient_accumulation: int = arg(1, "forward passes per step")
     gradient_checkpointing: bool = arg(False, "less memory, a third more work")
-    bf16: bool = BF16
+    bf16: bool = torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)  # not emulated
     lora: int = arg(0, "rank of adapters; 0: all weights")
     max_length: int = arg(512, "tokens; longer rows are left out")
     max_new_tokens: int = arg(64, "tokens per sample")

@@ -36,22 +36,6 @@ def test_by_hand_prints_what_stands_below_it():
     assert printed.getvalue() == texts[texts.index(by_hand) + 1]
 
 
-def test_the_trainer_needs_no_second_model_with_peft(tmp_path, monkeypatch):
-    pytest.importorskip("peft")
-    trainer, peft = snippet("class ULMATrainer"), snippet("peft")
-    wrap, without_adapter = re.fullmatch(r"(.*\n)( +with .*\n.*\n)", peft, re.DOTALL).groups()
-    changed = re.sub(r"reference = .*\n", lambda _: wrap, trainer)
-    with_reference = r" +with torch.no_grad\(\):\n.*reference.*\n"
-    changed = re.sub(with_reference, lambda _: without_adapter, changed)
-    changed = re.sub(r"reference.to.*\n", "", changed)
-    (tmp_path / "data").symlink_to(ROOT / "data")
-    monkeypatch.chdir(tmp_path)
-    names = {}
-    exec(changed, names)
-    losses = [entry["loss"] for entry in names["trainer"].state.log_history if "loss" in entry]
-    assert losses[-1] < losses[0]
-
-
 @pytest.mark.parametrize("page", PAGES)
 def test_links_inside_the_repository_resolve(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", (ROOT / page).read_text(encoding="utf-8")):
