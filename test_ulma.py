@@ -1038,8 +1038,9 @@ def test_the_readmes_command_aligns_the_embedded_model(tmp_path):
 
 # ---- The Trainer in the README ----
 README = (HERE / "README.md").read_text(encoding="utf-8")
-TRAINER_FLAGS = "--max_length 64 --learning_rate 3e-3 --num_train_epochs 2 --beta .7 --use_cpu"
-TRAINER_FLAGS += " --per_device_train_batch_size 1 --train_sampling_strategy sequential"
+TRAINER_FLAGS = "--max_length 64 --learning_rate 1e-3 --num_train_epochs 10 --beta .7 --use_cpu"
+TRAINER_FLAGS += " --gradient_accumulation_steps 2 --train_sampling_strategy sequential"
+TRAINER_FLAGS += " --logging_steps 1 --disable_tqdm true"
 # accelerate shards on GPUs alone, so it is told that these CPUs are some; DIES_AT is a step.
 LAUNCH = """
 import os, runpy, sys
@@ -1094,21 +1095,27 @@ def trainer(small, tmp_path):
 @pytest.mark.parametrize(
     "processes, flags, same, kind",
     [
-        (1, "--gradient_accumulation_steps 2", "", "LlamaForCausalLM"),
-        (2, "", "", "DistributedDataParallel"),
-        (2, "--fsdp --gradient_checkpointing", "", "FSDPLlamaForCausalLM"),
-        (1, "--gradient_accumulation_steps 2 --lora 2 --method pointwise-dpo", "--lora 2", "Peft"),
+        (1, "--per_device_train_batch_size 2", "", "LlamaForCausalLM"),
+        (2, "--per_device_train_batch_size 1", "", "DistributedDataParallel"),
+        (2, "--per_device_train_batch_size 1 --fsdp --gradient_checkpointing", "", "FSDPLlama"),
+        (1, "--per_device_train_batch_size 2 --lora 2 --method pointwise-dpo", "--lora 2", "Peft"),
     ],
 )
-def test_the_trainer_leaves_the_weights_of_ulma(
+def test_the_trainer_leaves_the_weights_and_losses_of_ulma(
     trainer, run, small, tmp_path, monkeypatch, processes, flags, same, kind
 ):
     if same:
         pytest.importorskip("peft")
         same += " --method pointwise-dpo"
     monkeypatch.setattr(ulma, "bucketed_batches", lambda items, size, _: ulma.chunks(items, size))
-    _, out = run(f"--batch-size 2 {same}", data=small / "weighted")
-    assert f"the model is a {kind}" in trainer(flags, processes)
+    same += " --batch-size 4 --epochs 10 --learning-rate 1e-3"
+    _, out = run(same, data=small / "weighted")
+    told = trainer(flags, processes)
+    assert f"the model is a {kind}" in told
+    losses = [float(loss) for loss in re.findall("'loss': '(.*?)'", told)]
+    log = read(out / "log.jsonl")  # of every ten steps
+    means = [ulma.mean(part) for part in ulma.chunks(losses, 10)]
+    assert means == pytest.approx([line["loss"] for line in log], rel=1e-3)
     folders = small / "model", out, tmp_path / "out"
     initial, expected, actual = (read_model(folder).state_dict() for folder in folders)
     assert_close(actual, expected, rtol=0, atol=1e-5)
@@ -1116,7 +1123,8 @@ def test_the_trainer_leaves_the_weights_of_ulma(
 
 
 def test_the_trainer_killed_and_continued_ends_as_one_that_never_was(trainer, tmp_path):
-    flags = "--train_sampling_strategy random --save_steps 2 --output_dir"
+    flags = "--train_sampling_strategy random --per_device_train_batch_size 1 --save_steps 2"
+    flags += " --num_train_epochs 2 --output_dir"
     trainer(f"{flags} never")
     trainer(f"{flags} killed", DIES_AT="7", code=-9)
     trainer(f"{flags} killed --resume_from_checkpoint killed/checkpoint-6")
