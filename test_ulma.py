@@ -1072,7 +1072,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @pytest.fixture
 def trainer(small, tmp_path):
-    """trainer(flags): what the README's trainer.py prints, and the weights that it leaves."""
+    """trainer(flags): what the README's trainer.py prints. Its output folder is tmp_path/out."""
     [script] = re.findall(r"```python\n(from dataclasses.*?)```", README, re.DOTALL)
     assert script.count("\n") <= 60
     (tmp_path / "trainer.py").write_text(script)
@@ -1127,7 +1127,8 @@ def test_the_trainer_killed_and_continued_ends_as_one_that_never_was(trainer, tm
     flags += " --num_train_epochs 2 --output_dir"
     trainer(f"{flags} never")
     trainer(f"{flags} killed", DIES_AT="7", code=-9)
-    trainer(f"{flags} killed --resume_from_checkpoint killed/checkpoint-6")
+    told = trainer(f"{flags} killed --resume_from_checkpoint killed/checkpoint-6")
+    assert told.count("the model is a") == 2 * (10 - 6)  # steps of two batches
     never, killed = (read_model(tmp_path / name).state_dict() for name in ("never", "killed"))
     assert_close(killed, never, rtol=0, atol=0)
 
