@@ -278,9 +278,8 @@ def sample(model, tokenizer, rows, args):
     model.generation_config = GenerationConfig(**settings)
 
     def respond(batch):
-        prompts = [row.input_ids[~row.response_mask] for row in batch]
+        prompts = [row.input_ids[~row.response_mask].to(model.device) for row in batch]
         ids = pad_sequence(prompts, batch_first=True, padding_value=-1, padding_side="left")
-        ids = ids.to(model.device)
         with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
             output = model.generate(ids.clamp(min=0), attention_mask=(ids >= 0).long())
         texts = []
@@ -542,8 +541,7 @@ def load_model(name, args, tokenizer):
         require(vocabulary == tokenizer.get_vocab(), "its tokenizer is not that of --model")
         most = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
         require(args.max_length + args.max_new_tokens <= most, f"it takes {most} tokens in all")
-    if args.lora:
-        model = add_lora(model, args)
+    model = add_lora(model, args) if args.lora else model
     for parameter in model.parameters():
         if args.bf16 and not parameter.requires_grad:  # what is trained stays float32
             parameter.data = parameter.data.bfloat16()
@@ -724,12 +722,14 @@ def run(args):
     if args.reference:
         del model  # makes room for the next one
         model = load_model(args.model, args, tokenizer)
-    sizes = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
-    modules = sorted({name.split(".lora_")[0].split(".")[-1] for name in sizes if args.lora})
-    trained = f"{sum(sizes.values()):,} of {model.num_parameters():,} parameters"
-    print(f"--model {args.model} on {model.device}: trains {', '.join([trained, *modules])}")
-    print(f"{args.method}: {len(items)} items, learning rate {args.learning_rate}, saved to {out}")
-    print(f"β {args.beta:g}, β log Z {args.beta * args.log_z:.3g}, {args.epochs} epochs")
+    print(f"--model {args.model} on {model.device}; results in {out}")
+    if not args.eval_only:
+        sizes = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+        modules = sorted({name.split(".lora_")[0].split(".")[-1] for name in sizes if args.lora})
+        trained = f"{sum(sizes.values()):,} of {model.num_parameters():,} parameters"
+        print(f"trains {', '.join([trained, *modules])}")
+        print(f"{args.method}: {len(items)} items, learning rate {args.learning_rate}")
+        print(f"β {args.beta:g}, β log Z {args.beta * args.log_z:.3g}, {args.epochs} epochs")
     results, samples = {"options": asdict(args)}, {}
     title = "eval" if args.eval_only else "before"
     results[title], samples[title] = evaluate(model, tokenizer, test_rows, args)
