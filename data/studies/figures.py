@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from run import METHODS, ROOT, TABLES, error, measured, perform, quietly
+from run import ROOT, TABLES, error, measured, perform, quietly
 from transformers import AutoTokenizer
 
 import ulma
@@ -76,7 +76,7 @@ def rewards_of(flags):
 
 def rewards():
     figure, parts = panels(1, len(CLASSES), size=(8.5, 2.8))
-    curves = {name: quietly(rewards_of, METHODS[name]) for name in COLOURS}
+    curves = {name: quietly(rewards_of, TABLES["methods"][name]) for name in COLOURS}
     for column, (panel, title) in enumerate(zip(parts, CLASSES), 1):
         for name, curve in curves.items():
             epochs, values = zip(*[(point[0], point[column]) for point in curve])

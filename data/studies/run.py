@@ -19,6 +19,7 @@ ulma.py's:
 """
 
 import argparse
+import configparser
 import contextlib
 import functools
 import importlib
@@ -73,146 +74,10 @@ def grid(**values):
     ]
 
 
-ULMA, POINTWISE, SFT = "--method ulma", "--method pointwise-dpo", "--method sft"
-KTO = "--loss kto --up 5"  # five thumbs-down for each thumbs-up
-BEST = "--learning-rate 3e-4 --beta 3"
-FOUR = grid(learning_rate="3e-4", beta="1 3 10") + grid(learning_rate="1e-3", beta="3")
-FOUR_OF_SFT = grid(epochs="5", learning_rate="1e-3 3e-3")
-FOUR_OF_SFT += grid(epochs="30", learning_rate="1e-4 3e-4")
-AVERAGED = grid(learning_rate="1e-4 3e-4 1e-3", beta="3 10 30 100")
-AUTHORS = "--average --balanced --log-z 0"
-PUSH = grid(learning_rate="3e-4", down="0.03 0.1 0.3 1 3 10", beta="0.1 0.3 1 3 10 30")
-# At share 0 no row has label 1, and log Z is what it is at the other shares.
-SHARES = {
-    f"{name}, {share} %": f"{flags} --rows share-{share}"
-    for share in ("0", "25", "50", "75", "100")
-    for name, flags in {
-        "ULMA": f"{ULMA} {BEST}",
-        "point-wise DPO": f"{POINTWISE} {BEST}",
-        "KTO": f"{KTO} {BEST}",
-        "SFT": f"{SFT} --epochs 30 --learning-rate 3e-4",
-    }.items()
-    if share != "0" or name in ("ULMA", "KTO")
-}
-METHODS = {  # β and learning rates are those that a sweep chose
-    "ULMA": f"{ULMA} {BEST}",
-    "point-wise DPO": f"{POINTWISE} {BEST}",
-    "SFT": f"{SFT} --learning-rate 1e-3",
-    "pair-wise DPO": "--method dpo --learning-rate 1e-3 --beta 3",
-    "ULMA, log Z = 0": f"{ULMA} {BEST} --log-z 0",
-    "point-wise DPO, log Z = 0": f"{POINTWISE} {BEST} --log-z 0",
-}
-for name, method in {"ULMA": ULMA, "point-wise DPO": POINTWISE}.items():
-    graded = f"{method} --continuous --learning-rate 3e-4"
-    METHODS[f"{name}, continuous"] = f"{graded} --beta 0.1"
-    METHODS[f"{name}, continuous, log Z = 0"] = f"{graded} --beta 0.03 --log-z 0"
-# Losses that have a log Z, with the best settings for a running log Z, and for the true one.
-LOSSES = {
-    "ULMA": ("1e-4 3", "3e-4 3"),
-    "point-wise DPO": ("1e-4 3", "3e-4 3"),
-    "ULMA, continuous": ("1e-4 0.1", "3e-4 0.1"),
-    "point-wise DPO, continuous": ("1e-3 0.03", "3e-4 0.3"),
-}
-BCO = "--z running --learning-rate 1e-4 --beta 3"
-TABLES = {
-    "share": SHARES,
-    "average": {
-        "ULMA": f"{ULMA} {BEST}",
-        "ULMA, mean": f"{ULMA} --average --learning-rate 3e-4 --beta 30",
-        "ULMA, the authors' recipe": f"{ULMA} {AUTHORS} --learning-rate 3e-4 --beta 30",
-        "point-wise DPO": f"{POINTWISE} {BEST}",
-        "point-wise DPO, mean": f"{POINTWISE} --average --learning-rate 3e-4 --beta 30",
-        "point-wise DPO, the authors' recipe": (
-            f"{POINTWISE} {AUTHORS} --learning-rate 3e-4 --beta 30"
-        ),
-    },
-    "push": {
-        "ULMA": f"{ULMA} --learning-rate 3e-4 --down 1 --beta 3",
-        "KTO and −log π of thumbs-up": f"--loss kto-sft {BEST}",
-    },
-    "prompt-log-z": {
-        f"{name}, {kind}": f"{flags} {BEST} --rows spread{z}"
-        for name, flags in {"ULMA": ULMA, "point-wise DPO": POINTWISE}.items()
-        for kind, z in {"prior": "", "true": " --z true"}.items()
-    }
-    | {"SFT": f"{SFT} --rows spread --epochs 5 --learning-rate 1e-3"},
-    "methods": METHODS,
-    "steps": {
-        "ULMA": METHODS["ULMA"],
-        "SFT": METHODS["SFT"],
-        "SFT in as many steps as ULMA": f"{SFT} --epochs 30 --learning-rate 3e-4",
-        "SFT, then point-wise DPO": f"{POINTWISE} --sft 5 --learning-rate 1e-4 --beta 10",
-        "the same in as many steps as ULMA": (
-            f"{POINTWISE} --sft 6 --epochs 4 --learning-rate 3e-5 --beta 10"
-        ),
-        "SFT, then pair-wise DPO": "--method dpo --sft 5 --learning-rate 1e-4 --beta 3",
-        "this too in as many steps as ULMA": (
-            "--method dpo --sft 5 --epochs 25 --learning-rate 3e-5 --beta 10"
-        ),
-    },
-    "rivals": {
-        "ULMA": METHODS["ULMA"],
-        "KTO": f"--loss kto {BEST}",
-        "KTO, weight 5": f"{KTO} {BEST}",
-        "BCO": f"{POINTWISE} {BCO}",
-        "BCO, balanced": f"{POINTWISE} --balanced {BCO}",
-    },
-    "log-z": {name: METHODS[name] for loss in LOSSES for name in (loss, f"{loss}, log Z = 0")},
-    "reduction": {  # of binary labels the prior log Z is 0
-        f"{name}, balanced": f"{flags} --balanced"
-        for name, flags in METHODS.items()
-        if name in LOSSES or "continuous, log Z" in name
-    },
-    "setting": {
-        name: f"{POINTWISE} --learning-rate 1e-4 --beta 0.1{flag}"
-        for name, flag in {
-            "log Z by the prior": "",
-            "log Z = 0": " --log-z 0",
-            "balanced": " --balanced",
-        }.items()
-    },
-    "fair": {
-        f"{name}{flag}": METHODS[name] + flag for name in LOSSES for flag in ("", " --balanced")
-    }
-    | {
-        f"{name}, fair{flag}": f"{METHODS[name]} --rows fair{flag}"
-        for name in LOSSES
-        for flag in ("", " --balanced")
-        if "continuous" in name
-    }
-    | {
-        "ULMA, continuous, fair": (
-            f"{ULMA} --continuous --rows fair --learning-rate 1e-3 --beta 0.03"
-        )
-    },
-    "pairs": {
-        "pair-wise DPO": METHODS["pair-wise DPO"],
-        "point-wise DPO": f"{POINTWISE} --rows pairs --learning-rate 1e-3 --beta 3",
-    },
-    "edits": {
-        name: f"--method {flags} --rows edits --learning-rate 1e-3"
-        for name, flags in {
-            "ULMA": "ulma --beta 0.1",
-            "ULMA, fine-grained": "ulma --fine-grained --beta 0.3",
-            "point-wise DPO": "pointwise-dpo --beta 0.3",
-            "SFT": "sft",
-            "point-wise DPO, fine-grained": "pointwise-dpo --fine-grained --beta 1",
-        }.items()
-    },
-    "noise": {
-        f"{name}, {share} wrong": f"{flags} --rows noise-{share}"
-        for share in ("0.1", "0.2", "0.4")
-        for name, flags in {
-            "ULMA": f"{ULMA} --learning-rate 3e-4 --beta 1",
-            "SFT": METHODS["SFT"],
-            "point-wise DPO": f"{POINTWISE} --learning-rate 3e-4 --beta 1",
-        }.items()
-    },
-}
-for name, settings in LOSSES.items():
-    for kind, (rate, beta) in zip(("running", "true"), map(str.split, settings)):
-        cell = f"--z {kind} --learning-rate {rate} --beta {beta}"
-        TABLES["log-z"][f"{name}, log Z {kind}"] = at(METHODS[name], cell)
+parser = configparser.ConfigParser(delimiters=[":"], interpolation=None)
+parser.optionxform = str  # keeps capitals
+parser.read_string(Path(__file__).with_name("tables.ini").read_text(encoding="utf-8"))
+TABLES = {name: dict(parser[name]) for name in parser.sections()}  # {table: {row: flags}}
 ELSEWHERE = {  # the file that makes it
     "rewards": "figures",
     "optimum": "figures",
@@ -222,18 +87,26 @@ ELSEWHERE = {  # the file that makes it
 }
 
 
+RATES = "3e-5 1e-4 3e-4 1e-3"
+
+
 def cells_of(table, flags):
     """The settings that --sweep tries for a row of a table."""
     settings = read(flags)
-    if table in ("share", "prompt-log-z"):
-        return FOUR_OF_SFT if settings.get("method") == "sft" else FOUR
-    if table == "average" and "average" in settings:
-        return AVERAGED
+    is_sft = settings.get("method") == "sft"
+    if table in ("share", "prompt-log-z") and is_sft:
+        short = grid(epochs="5", learning_rate="1e-3 3e-3")
+        return short + grid(epochs="30", learning_rate="1e-4 3e-4")
+    if table in ("share", "prompt-log-z") or "kto-sft" in flags:
+        return grid(learning_rate="3e-4", beta="1 3 10") + grid(learning_rate="1e-3", beta="3")
+    if "average" in settings:
+        return grid(learning_rate="1e-4 3e-4 1e-3", beta="3 10 30 100")
     if table == "push":
-        return FOUR if "loss" in settings else PUSH
+        pushes = "0.03 0.1 0.3 1 3 10"
+        return grid(learning_rate="3e-4", down=pushes, beta="0.1 0.3 1 3 10 30")
     if "beta" in settings:
-        return grid(learning_rate="3e-5 1e-4 3e-4 1e-3", beta="0.1 0.3 1 3 10")
-    return grid(learning_rate="3e-5 1e-4 3e-4 1e-3 3e-3")
+        return grid(learning_rate=RATES, beta="0.1 0.3 1 3 10")
+    return grid(learning_rate=f"{RATES} 3e-3")
 
 
 # ---- Rows ----
