@@ -288,17 +288,67 @@ def weights_of(rewards, labels, args, loss):
     """The weight of ∇ log π in a descent step, of each row: positive where log π is pushed up."""
     sigma = rewards.sigmoid()
     if loss:
-        weights = args.beta * sigma * (1 - sigma) * (2 * labels - 1) + labels * (loss == "kto-sft")
-    elif args.method == "dpo":
+        weights = args.beta * sigma * (1 - sigma) * (2 * labels - 1)
+        return weights + labels if loss == "kto-sft" else weights
+    if args.method == "dpo":
         push = args.beta * (rewards[1::2] - rewards[::2]).sigmoid()
         return torch.stack((push, -push), 1).flatten()
-    elif args.continuous:
+    weights = args.beta * (labels - sigma)
+    if args.continuous:
         weights = 2 * args.beta * (labels - rewards)
+    if args.method == "pointwise-dpo":
+        return weights
+    return torch.where(labels == 1, 1.0, weights)
+
+
+def study_losses(model, items, args, own, seen):
+    """batch_losses, as this script's flags change it. Adds (row, weight, log-ratio) to seen."""
+    rows = ulma.rows_of(items)
+    if own.z == "running":  # up to the batch before
+        args = replace(args, log_z=-(ulma.mean([ratio for _, _, ratio in seen]) or 0.0))
+    if own.z == "true":
+        log_z = [true_log_z(own.rows, row.prompt, args.beta, args.continuous) for row in rows]
+        args = replace(args, log_z=torch.tensor(log_z))
+    if own.loss:
+        args = replace(args, log_z=0.0)
+        sft = 1.0 if own.loss == "kto-sft" else 0.0
+        losses, rewards, labels = kto_losses(model, items, args, sft)
     else:
-        weights = args.beta * (labels - sigma)
-    if not loss and args.method != "pointwise-dpo":
-        weights = torch.where(labels == 1, 1.0, weights)
-    return weights
+        losses, rewards, labels = ulma.batch_losses(model, items, args)
+    weights = weights_of(rewards, labels, args, own.loss).tolist()
+    ratios = (rewards / args.beta - args.log_z).tolist()
+    seen += [(row, row.weight * weight, ratio) for row, weight, ratio in zip(rows, weights, ratios)]
+    return losses, rewards, labels
+
+
+def means_by_class(seen, epochs, tokenizer):
+    """{class of rows: for each epoch the mean weight and the mean log-ratio}."""
+    classes = defaultdict(list)
+    for row, weight, ratio in seen:
+        response = tokenizer.decode(row.input_ids[row.response_mask][:-1])
+        is_good = kind_of(row.prompt, response) in ("full", "brief")
+        kind = "acceptable" if is_good else "not acceptable"
+        classes[f"label {row.label:g}, {kind}, {row.group or 'all'}"].append((weight, ratio))
+    means = {}
+    for name, pairs in classes.items():
+        parts = ulma.chunks(pairs, len(pairs) // epochs)
+        means[name] = [list(map(ulma.mean, zip(*part))) for part in parts]
+    return means
+
+
+def set_weights(rows, own, args):
+    """Sets the rows' weights, and log Z to the prior unless it is given."""
+    positives = sum(row.label == 1 for row in rows)
+    for row in rows if args.balanced else ():
+        part = positives if row.label == 1 else len(rows) - positives
+        row.weight = len(rows) / 2 / part
+    if args.log_z is None:
+        total = sum(row.weight for row in rows)
+        mean_label = sum(row.weight * row.label for row in rows) / total
+        # Without a label 1 log Z is what it is at the other shares.
+        args.log_z = ulma.prior_log_z(mean_label or 1 / 6, args.beta, args.continuous)
+    for row in rows:  # after log Z, which --up and --down leave alone
+        row.weight *= own.up if row.label == 1 else own.down
 
 
 def execute(run):
@@ -308,22 +358,14 @@ def execute(run):
     out, folder = folder_of(*run), make_rows(own.rows, validation)
     shutil.rmtree(out, ignore_errors=True)
     base = make_spread_base() if own.rows == "spread" else ROOT / "data/base"
-    argv += ["--data", str(folder), "--seed", str(seed), "--model", str(base)]
+    argv = ["--data", str(folder), "--model", str(base), "--seed", str(seed), *argv]
     args = ulma.read_options(["--learning-rate", "3e-4", "--beta", "3", "--epochs", "5", *argv])
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     items, test_items = ulma.load_items(args, tokenizer)
     if own.fine_grained:
         items = only_edits(items)
     rows, test_rows = ulma.rows_of(items), ulma.rows_of(test_items)
-    positives = sum(row.label == 1 for row in rows)
-    for row in rows if args.balanced else ():
-        row.weight = len(rows) / 2 / (positives if row.label == 1 else len(rows) - positives)
-    if args.log_z is None:
-        total = sum(row.weight for row in rows)
-        mean_label = sum(row.weight * row.label for row in rows) / total
-        args.log_z = ulma.prior_log_z(mean_label or 1 / 6, args.beta, args.continuous)
-    for row in rows:
-        row.weight *= own.up if row.label == 1 else own.down
+    set_weights(rows, own, args)
     model = ulma.load_model(args.model, args, tokenizer)
     if own.sft:
         first = replace(args, method="sft", epochs=own.sft, learning_rate=1e-3)
@@ -331,45 +373,14 @@ def execute(run):
     known = test_rows if args.method == "sft" else test_rows + rows
     for row, logp in zip(known, ulma.all_logps(model, known, args, "log π_ref").tolist()):
         row.ref_logp = logp
-    seen, classes = [], defaultdict(list)
-
-    def losses_of(model, items, args):
-        rows = ulma.rows_of(items)
-        if own.z == "running":  # up to the batch before
-            args = replace(args, log_z=-(ulma.mean(seen) or 0.0) / args.beta)
-        elif own.z == "true":
-            log_z = [true_log_z(own.rows, row.prompt, args.beta, args.continuous) for row in rows]
-            args = replace(args, log_z=torch.tensor(log_z))
-        if own.loss:
-            args = replace(args, log_z=0.0)
-            losses, rewards, labels = kto_losses(model, items, args, float(own.loss == "kto-sft"))
-        else:
-            losses, rewards, labels = ulma.batch_losses(model, items, args)
-        ratios = rewards / args.beta - args.log_z
-        seen.extend((args.beta * ratios).tolist())
-        weights = weights_of(rewards, labels, args, own.loss)
-        for row, weight, ratio in zip(rows, weights.tolist(), ratios.tolist()):
-            classes[class_of(row, tokenizer)].append((row.weight * weight, ratio))
-        return losses, rewards, labels
-
+    seen = []
+    losses_of = functools.partial(study_losses, own=own, seen=seen)
     ulma.train(model, ulma.training_items(items, args.method), args, out, losses_of)
     metrics, samples = ulma.evaluate(model, tokenizer, test_rows, args)
-    metrics["classes"] = {}
-    for name, pairs in classes.items():  # by epoch: the mean weight, and the mean log-ratio
-        size = len(pairs) // args.epochs
-        epochs = [zip(*pairs[i * size : (i + 1) * size]) for i in range(args.epochs)]
-        metrics["classes"][name] = [list(map(ulma.mean, epoch)) for epoch in epochs]
+    metrics["classes"] = means_by_class(seen, args.epochs, tokenizer)
     lines = [{"prompt": prompt, "after": texts} for prompt, texts in samples.items()]
     ulma.write(out / "samples.jsonl", lines)
     ulma.write(out / "metrics.json", [metrics])
-
-
-def class_of(row, tokenizer):
-    """The class of a training row, in a table of weights."""
-    response = tokenizer.decode(row.input_ids[row.response_mask][:-1])
-    is_good = kind_of(row.prompt, response) in ("full", "brief")
-    kind = "acceptable" if is_good else "not acceptable"
-    return f"label {row.label:g}, {kind}, {row.group or 'all'}"
 
 
 # ---- Many runs ----
