@@ -100,7 +100,8 @@ def cells_of(table, flags):
     if table in ("share", "prompt-log-z") or "kto-sft" in flags:
         return grid(learning_rate="3e-4", beta="1 3 10") + grid(learning_rate="1e-3", beta="3")
     if "average" in settings:
-        return grid(learning_rate="1e-4 3e-4 1e-3", beta="3 10 30 100")
+        fast = grid(learning_rate="1e-3", beta="10 30 100")
+        return grid(learning_rate="3e-4", beta="3 10 30 100 300") + fast
     if table == "push":
         pushes = "0.03 0.1 0.3 1 3 10"
         return grid(learning_rate="3e-4", down=pushes, beta="0.1 0.3 1 3 10 30")
@@ -470,7 +471,7 @@ def print_results(rows, measure, seeds):
 
     The difference from the first row is that in the first figure, seed by seed.
     """
-    perform([(flags, seed, False) for flags in rows.values() for seed in range(seeds)], "runs")
+    perform([(flags, seed, False) for seed in range(seeds) for flags in rows.values()], "runs")
     found = [[measure((flags, seed, False)) for seed in range(seeds)] for flags in rows.values()]
     main, lines = next(iter(found[0][0])), []
     for (name, flags), runs in zip(rows.items(), found):
