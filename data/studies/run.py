@@ -49,6 +49,7 @@ import ulma
 
 ROOT, RUNS = ulma.HERE, Path("runs/studies")
 DRAWS = 64  # completions of a prompt, for its true log Z
+CHANCE, TIES = 1, 3  # points between settings that this many seeds decide
 
 
 # ---- Settings ----
@@ -447,23 +448,45 @@ def print_table(title, header, rows):
         print(f"| {' | '.join(row)} |")
 
 
+def score(flags, cell, seeds):
+    """Exact match on validation rows, in %."""
+    runs = [(at(flags, cell), seed, True) for seed in range(seeds)]
+    return ulma.mean([measured(run)["exact_match"] for run in runs])
+
+
+def choose(rows, cells, seeds):
+    """{row: the best of its cells}."""
+    cells = {name: some for name, some in cells.items() if len(some) > 1}
+    asked = [(at(rows[name], cell), name) for name in cells for cell in cells[name]]
+    perform([(flags, seed, True) for flags, _ in asked for seed in range(seeds)], "sweep")
+    return {
+        name: max(some, key=lambda cell: score(rows[name], cell, seeds))
+        for name, some in cells.items()
+    }
+
+
 def sweep(table, rows):
-    """Choose a cell for each row, by one seed on validation rows, and print the grids."""
+    """Choose a cell for each row on validation rows, and print the grids.
+
+    One seed makes the grid; between cells within CHANCE of its best TIES seeds decide.
+    """
     grids = {name: cells_of(table, flags) for name, flags in rows.items()}
-    cells = [(rows[name], cell) for name, grid in grids.items() for cell in grid]
-    perform([(at(*cell), 0, True) for cell in cells], "sweep")
-    best = {}
+    best, close = choose(rows, grids, 1), {}
     for name, flags in rows.items():
-        found = {x: measured((at(flags, x), 0, True))["exact_match"] for x in grids[name]}
-        best[name] = at(flags, max(found, key=found.get))
+        least = score(flags, best[name], 1) - CHANCE
+        close[name] = [cell for cell in grids[name] if score(flags, cell, 1) >= least]
+    best |= choose(rows, close, TIES)
+    for name, flags in rows.items():
         lines = defaultdict(dict)  # the last flag of a cell gives its column
-        for cell, value in found.items():
+        for cell in grids[name]:
             line, _, column = cell.rpartition("--")
-            lines[line][column] = f"{value:.1f}"
+            lines[line][column] = f"{score(flags, cell, 1):.1f}"
+            if len(close[name]) > 1 and cell in close[name]:
+                lines[line][column] += f" ({score(flags, cell, TIES):.1f})"
         columns = list(dict.fromkeys(column for line in lines.values() for column in line))
         table = [[line, *(lines[line].get(column, "") for column in columns)] for line in lines]
-        print_table(f"\n{name}: `{best[name]}`\n", ["flags", *columns], table)
-    return best
+        print_table(f"\n{name}: `{at(flags, best[name])}`\n", ["flags", *columns], table)
+    return {name: at(flags, best[name]) for name, flags in rows.items()}
 
 
 def print_results(rows, measure, seeds):
