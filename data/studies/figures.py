@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from run import ROOT, TABLES, error, measured, perform, quietly
+from run import ROOT, TABLES, error, measured, quietly
 from transformers import AutoTokenizer
 
 import ulma
@@ -92,24 +92,21 @@ def rewards():
 # ---- share.svg: acceptable answers against the share of kinds that have demonstrations ----
 
 
-def share_picture():
-    names = [*COLOURS, "KTO"]
-    rows = TABLES["share"] | {"point-wise DPO, 0 %": TABLES["share"]["ULMA, 0 %"]}
-    perform([(flags, seed, False) for flags in rows.values() for seed in range(5)], "runs")
+def share(rows, seeds):
+    """Draws what run.py share has measured."""
+    rows = rows | {"point-wise DPO, 0 %": rows["ULMA, 0 %"]}  # the same, without a label 1
     figure, parts = panels(1, 2, size=(8.5, 3.2))
     for panel, title in zip(parts, ("all requests", "requests without demonstrations")):
         key = "exact_match" if title == "all requests" else "undemonstrated"
-        for name in names:
-            shares = [x for x in (0, 25, 50, 75, 100) if f"{name}, {x} %" in rows]
-            found = [
-                [measured((rows[f"{name}, {x} %"], seed, False)).get(key) for seed in range(5)]
-                for x in shares
-            ]
-            points = [(x, values) for x, values in zip(shares, found) if None not in values]
+        for name in [*COLOURS, "KTO"]:
+            points = []
+            for x in (0, 25, 50, 75, 100):
+                flags = rows.get(f"{name}, {x} %")
+                if flags and (x < 100 or key == "exact_match"):
+                    values = [measured((flags, seed, False))[key] for seed in range(seeds)]
+                    points.append((x, ulma.mean(values), error(values)))
             style = {"marker": "o", "markersize": 4, "color": COLOURS.get(name, "tab:green")}
-            values = [ulma.mean(values) for _, values in points]
-            errors = [error(values) for _, values in points]
-            panel.errorbar([x for x, _ in points], values, errors, label=name, **style)
+            panel.errorbar(*zip(*points), label=name, **style)
         panel.set(title=title, xlabel="kinds of request with demonstrations, %")
     parts[0].set_ylabel("acceptable answers, %")
     parts[0].legend(frameon=False)

@@ -4,6 +4,7 @@
     python data/studies/run.py TABLE --sweep      # first choose the settings, on validation rows
     python data/studies/run.py TABLE --kinds      # instead, kinds of completion, and their score
     python data/studies/run.py TABLE --weights    # instead, weights of ∇ log π and log-ratios
+    python data/studies/run.py share --picture    # also draws share.svg
 
 A run takes 20 to 40 seconds of one core; two go at a time, and --seeds 2 makes a table of fewer.
 They are kept in runs/studies, named by their flags; what is finished is not run again. Flags beyond
@@ -82,7 +83,6 @@ TABLES = {name: dict(parser[name]) for name in parser.sections()}  # {table: {ro
 ELSEWHERE = {  # the file that makes it
     "rewards": "figures",
     "optimum": "figures",
-    "share-picture": "figures",
     "real-model": "real",
     "real-ratings": "real",
 }
@@ -525,7 +525,7 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("table", choices=[*TABLES, *ELSEWHERE])
-    for flag in ("--sweep", "--kinds", "--weights"):
+    for flag in ("--sweep", "--kinds", "--weights", "--picture"):
         parser.add_argument(flag, action="store_true")
     parser.add_argument("--seeds", type=int, default=5)
     options = parser.parse_args(argv)
@@ -542,6 +542,8 @@ def main(argv=None):
         print_weights(rows)
     else:
         print_results(rows, kinds if options.kinds else measured, options.seeds)
+    if options.picture:
+        importlib.import_module("figures").share(rows, options.seeds)
 
 
 if __name__ == "__main__":
