@@ -108,6 +108,7 @@ def share(rows, seeds):
             style = {"marker": "o", "markersize": 4, "color": COLOURS.get(name, "tab:green")}
             panel.errorbar(*zip(*points), label=name, **style)
         panel.set(title=title, xlabel="kinds of request with demonstrations, %")
+        panel.set(xticks=(0, 25, 50, 75, 100), xlim=(-5, 105))
     parts[0].set_ylabel("acceptable answers, %")
     parts[0].legend(frameon=False)
     parts[1].sharey(parts[0])

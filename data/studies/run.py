@@ -492,19 +492,30 @@ def sweep(table, rows):
 def print_results(rows, measure, seeds):
     """What the seeds measured.
 
-    The difference from the first row is that in the first figure, seed by seed.
+    Differences are in the first figure, seed by seed: from the first row, and from the last ULMA
+    above.
     """
     perform([(flags, seed, False) for seed in range(seeds) for flags in rows.values()], "runs")
-    found = [[measure((flags, seed, False)) for seed in range(seeds)] for flags in rows.values()]
-    main, lines = next(iter(found[0][0])), []
-    for (name, flags), runs in zip(rows.items(), found):
-        figures = []
-        for key in runs[0]:
+    found = {
+        name: [measure((flags, seed, False)) for seed in range(seeds)]
+        for name, flags in rows.items()
+    }
+    columns = list(max((runs[0] for runs in found.values()), key=len))  # share 0 has one group
+    first, lines = next(iter(found)), []
+    ulma_above = first
+    for name, runs in found.items():
+        line = [name]
+        for key in columns:
             digits = 3 if key in ("perplexity", "reward AUC") else 1
-            figures.append(shown([run[key] for run in runs], digits))
-        less = shown([run[main] - first[main] for run, first in zip(runs, found[0])])
-        lines.append([name, *figures, less, f"`{flags}`"])
-    print_table("", ["method", *found[0][0], "less the first row", "flags"], lines)
+            line.append(shown([run[key] for run in runs], digits) if key in runs[0] else "")
+        if name.startswith("ULMA"):
+            ulma_above = name
+        for other in (first, ulma_above):
+            pairs = zip(runs, found[other])
+            line.append(shown([run[columns[0]] - base[columns[0]] for run, base in pairs]))
+        lines.append([*line, f"`{rows[name]}`"])
+    header = ["method", *columns, "less the first row", "less the ULMA above", "flags"]
+    print_table("", header, lines)
 
 
 def print_weights(rows):
