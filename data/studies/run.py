@@ -103,6 +103,8 @@ def cells_of(table, flags):
     if "average" in settings:
         fast = grid(learning_rate="1e-3", beta="10 30 100")
         return grid(learning_rate="3e-4", beta="3 10 30 100 300") + fast
+    if table in ("average", "brake"):  # given
+        return [f"--learning-rate {settings['learning-rate']} --beta {settings['beta']}"]
     if table == "push":
         pushes = "0.03 0.1 0.3 1 3 10"
         return grid(learning_rate="3e-4", down=pushes, beta="0.1 0.3 1 3 10 30")
@@ -456,7 +458,6 @@ def score(flags, cell, seeds):
 
 def choose(rows, cells, seeds):
     """{row: the best of its cells}."""
-    cells = {name: some for name, some in cells.items() if len(some) > 1}
     asked = [(at(rows[name], cell), name) for name in cells for cell in cells[name]]
     perform([(flags, seed, True) for flags, _ in asked for seed in range(seeds)], "sweep")
     return {
@@ -475,7 +476,7 @@ def sweep(table, rows):
     for name, flags in rows.items():
         least = score(flags, best[name], 1) - CHANCE
         close[name] = [cell for cell in grids[name] if score(flags, cell, 1) >= least]
-    best |= choose(rows, close, TIES)
+    best |= choose(rows, {name: cells for name, cells in close.items() if len(cells) > 1}, TIES)
     for name, flags in rows.items():
         lines = defaultdict(dict)  # the last flag of a cell gives its column
         for cell in grids[name]:
