@@ -94,12 +94,15 @@ RATES = "3e-5 1e-4 3e-4 1e-3"
 def cells_of(table, flags):
     """The settings that --sweep tries for a row of a table."""
     settings = read(flags)
-    is_sft = settings.get("method") == "sft"
-    if table in ("share", "prompt-log-z") and is_sft:
+    if table == "share" and settings.get("method") == "sft":
         short = grid(epochs="5", learning_rate="1e-3 3e-3")
         return short + grid(epochs="30", learning_rate="1e-4 3e-4")
-    if table in ("share", "prompt-log-z") or "kto-sft" in flags:
+    if table == "share" or "kto-sft" in flags:
         return grid(learning_rate="3e-4", beta="1 3 10") + grid(learning_rate="1e-3", beta="3")
+    if table == "prompt-log-z" and "beta" in settings:
+        return grid(learning_rate="3e-4", beta="0.3 1 3 10")
+    if table == "prompt-log-z":
+        return grid(learning_rate="1e-4 3e-4 1e-3 3e-3")
     if "average" in settings:
         fast = grid(learning_rate="1e-3", beta="10 30 100")
         return grid(learning_rate="3e-4", beta="3 10 30 100 300") + fast
