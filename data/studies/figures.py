@@ -1,0 +1,183 @@
+"""The pictures of README.md and of the pages: rewards, optimum, share (pip install matplotlib)."""
+
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from run import ROOT, TABLES, error, measured, quietly
+from transformers import AutoTokenizer
+
+import ulma
+
+COLOURS = {"SFT": "tab:gray", "point-wise DPO": "tab:orange", "ULMA": "tab:blue"}
+
+
+def panels(*shape, size):
+    """A figure and its panels."""
+    if not find_spec("matplotlib"):
+        sys.exit("the pictures need matplotlib: pip install matplotlib")
+    from matplotlib import pyplot
+
+    pyplot.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "ulma", "font.size": 9}
+    return pyplot.subplots(*shape, figsize=size, layout="constrained")
+
+
+def save(figure, name):
+    figure.savefig(ROOT / f"data/studies/{name}.svg", metadata={"Date": None})
+
+
+# ---- rewards.svg: the mean rewards of positives and of negatives over training ----
+CLASSES = {
+    "positives": (1, "demonstrated"),
+    "negatives, demonstrated": (0, "demonstrated"),
+    "negatives, undemonstrated": (0, "undemonstrated"),
+}
+BETA = 3.0  # SFT has none: its rewards are shown for that of the others
+PARTS = 5  # measurements in an epoch
+
+
+def rewards_of(flags):
+    """[(epoch, the mean r_θ of each class of training rows)] over a run of ulma.py."""
+    args = ulma.read_options(flags.split())
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    items, _ = ulma.load_items(args, tokenizer)
+    rows, items = ulma.rows_of(items), ulma.training_items(items, args.method)
+    model = ulma.load_model(args.model, args, tokenizer)
+    args.log_z = ulma.prior_log_z(ulma.mean([row.label for row in rows]), BETA)
+    ref_logps = ulma.all_logps(model, rows, args, "log π_ref")
+    for row, logp in zip(rows, ref_logps.tolist()):
+        row.ref_logp = logp
+    steps, curve = len(items) // args.batch_size, []  # in an epoch
+
+    def measure(epoch):
+        logps = ulma.all_logps(model, rows, args, "rewards")
+        rewards = ulma.implicit_reward(logps, ref_logps, BETA, args.log_z).tolist()
+        of_class = {kind: [] for kind in CLASSES.values()}
+        for row, reward in zip(rows, rewards):
+            of_class[row.label, row.group].append(reward)
+        curve.append((epoch, *map(ulma.mean, of_class.values())))
+
+    done = 0
+
+    def losses_of(*given):
+        nonlocal done
+        if done % (steps // PARTS) == 0:
+            measure(done / steps)
+        done += 1
+        return ulma.batch_losses(*given)
+
+    with tempfile.TemporaryDirectory() as out:
+        ulma.train(model, items, args, Path(out), losses_of)
+    measure(args.epochs)
+    return curve
+
+
+def rewards():
+    figure, parts = panels(1, len(CLASSES), size=(8.5, 2.8))
+    curves = {name: quietly(rewards_of, TABLES["methods"][name]) for name in COLOURS}
+    for column, (panel, title) in enumerate(zip(parts, CLASSES), 1):
+        for name, curve in curves.items():
+            epochs, values = zip(*[(point[0], point[column]) for point in curve])
+            panel.plot(epochs, values, color=COLOURS[name], label=name)
+            print(f"{title}: {name} {curve[0][column]:.2f} to {curve[-1][column]:.2f}")
+        panel.set(title=title, xlabel="epoch", xlim=(0, epochs[-1]))
+    parts[0].set_ylabel("mean reward r_θ")
+    parts[0].legend(frameon=False)
+    parts[2].sharey(parts[1])
+    save(figure, "rewards")
+
+
+# ---- share.svg: acceptable answers against the share of kinds that have demonstrations ----
+
+
+def share(rows, seeds):
+    """Draws what run.py share has measured."""
+    rows = rows | {"point-wise DPO, 0 %": rows["ULMA, 0 %"]}  # the same, without a label 1
+    figure, parts = panels(1, 2, size=(8.5, 3.2))
+    for panel, title in zip(parts, ("all requests", "requests without demonstrations")):
+        key = "exact_match" if title == "all requests" else "undemonstrated"
+        for name in [*COLOURS, "KTO"]:
+            points = []
+            for x in (0, 25, 50, 75, 100):
+                flags = rows.get(f"{name}, {x} %")
+                if flags and (x < 100 or key == "exact_match"):
+                    values = [measured((flags, seed, False))[key] for seed in range(seeds)]
+                    points.append((x, ulma.mean(values), error(values)))
+            style = {"marker": "o", "markersize": 4, "color": COLOURS.get(name, "tab:green")}
+            panel.errorbar(*zip(*points), label=name, **style)
+        panel.set(title=title, xlabel="kinds of request with demonstrations, %")
+        panel.set(xticks=(0, 25, 50, 75, 100), xlim=(-5, 105))
+    parts[0].set_ylabel("acceptable answers, %")
+    parts[0].legend(frameon=False)
+    parts[1].sharey(parts[0])
+    save(figure, "share")
+
+
+# ---- optimum.svg: where each loss converges, over six responses to one prompt ----
+REF = torch.tensor([0.35, 0.25, 0.18, 0.12, 0.07, 0.03], dtype=torch.float64)  # π_ref
+RATED = torch.tensor([0.05, 0.10, 0.15, 0.20, 0.25, 0.25], dtype=torch.float64)  # μ
+REWARD = torch.tensor([-2.0, 1.0, -1.0, 1.5, -0.5, 2.0], dtype=torch.float64)
+
+
+def minimum(expected_loss):
+    """The distribution over six responses at which the expected loss is least."""
+    logits = torch.zeros(6, dtype=torch.float64, requires_grad=True)
+    options = {"max_iter": 5000, "tolerance_grad": 1e-12, "tolerance_change": 0}
+    solver = torch.optim.LBFGS([logits], line_search_fn="strong_wolfe", **options)
+
+    def closure():
+        solver.zero_grad()
+        loss = expected_loss(logits.log_softmax(0)).sum()
+        loss.backward()
+        return loss
+
+    solver.step(closure)
+    return logits.softmax(0).detach()
+
+
+def optima(share, log_z_of):
+    """{name: distribution}, where that share of each response's labels is 1."""
+
+    def of(loss, beta):
+        def expected(logps):
+            log_z, ones = log_z_of(beta), torch.ones(6)
+            good, bad = (loss(logps, REF.log(), z * ones, beta, log_z) for z in (1, 0))
+            return RATED * (share * good + (1 - share) * bad)
+
+        return minimum(expected)
+
+    return {
+        "SFT on thumbs-up": RATED * share / (RATED * share).sum(),
+        "point-wise DPO, β 1": of(ulma.pointwise_dpo_loss, 1.0),
+        "ULMA, β 1": of(ulma.ulma_loss, 1.0),
+        "ULMA, β 0.1": of(ulma.ulma_loss, 0.1),
+    }
+
+
+def optimum():
+    def true_log_z(beta):
+        return (REF * (REWARD / beta).exp()).sum().log()
+
+    def prior(beta):
+        return ulma.prior_log_z((RATED * (REWARD > 0)).sum().item(), beta)
+
+    aligned = REF * REWARD.exp() / (REF * REWARD.exp()).sum()
+    given = {"π_ref": REF, "π*, β 1": aligned}
+    titles = "labels disagree: p = σ(r)", "labels are exact: p = 1 where r > 0"
+    found = given | optima(REWARD.sigmoid(), true_log_z), {"π_ref": REF}
+    found[1].update(optima((REWARD > 0).double(), prior))
+    figure, parts = panels(2, 1, size=(8.5, 4.6))
+    colours = {"π_ref": "tab:red", "π*, β 1": "black", "SFT on thumbs-up": "tab:gray"}
+    colours |= {"point-wise DPO, β 1": "tab:orange", "ULMA, β 1": "tab:blue"}
+    for panel, title, policies in zip(parts, titles, found):
+        print(title)
+        for i, (name, policy) in enumerate(policies.items()):
+            places = torch.arange(6) + (i - len(policies) / 2) * 0.13
+            panel.bar(places, policy, 0.12, label=name, color=colours.get(name, "lightblue"))
+            print(f"  {name:20}", *(f"{x:.3f}" for x in policy.tolist()))
+        panel.set(title=title, ylabel="π(y)")
+        panel.set_xticks(range(6), [f"r = {r:g}" for r in REWARD.tolist()])
+    figure.legend(*parts[0].get_legend_handles_labels(), loc="outside upper center", ncols=6)
+    save(figure, "optimum")
