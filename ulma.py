@@ -226,7 +226,6 @@ def train(model, items, args, out, losses_of=batch_losses):
     schedule = get_cosine_schedule_with_warmup(optimizer, len(plan) // 10, len(plan))
     state = {"parameters": parameters, "optimizer": optimizer, "schedule": schedule}
     done, digest = load_checkpoint(out, state, items)
-    # The model stays in evaluation mode, without dropout or other noise: π_θ starts at π_ref.
     samples, tokens, start = 0, 0, time.perf_counter()
     logged, total, seen = done, 0.0, []  # the losses and the (r_θ, z) since step `logged`
     for step, batches in enumerate(bar := tqdm(plan[done:], "training"), done + 1):
@@ -534,7 +533,7 @@ def training_items(items, method):
 
 
 def load_model(name, args, tokenizer):
-    """The model, ready for training, but in evaluation mode: checkpointing is done by hand."""
+    """The model, ready for training, in evaluation mode: without noise π_θ starts at π_ref."""
     with explain(f"the model {name}"):
         model = read_model(name)
         vocabulary = AutoTokenizer.from_pretrained(name).get_vocab()
@@ -545,7 +544,7 @@ def load_model(name, args, tokenizer):
     for parameter in model.parameters():
         if args.bf16 and not parameter.requires_grad:  # what is trained stays float32
             parameter.data = parameter.data.bfloat16()
-    for block in model.modules():
+    for block in model.modules():  # by hand, as that of transformers needs training mode
         if args.gradient_checkpointing and isinstance(block, GradientCheckpointingLayer):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     return model.eval().to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
