@@ -25,6 +25,7 @@ from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Literal
 
@@ -34,11 +35,10 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, logging
 from transformers.hf_argparser import HfArgumentParser
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.optimization import get_cosine_schedule_with_warmup
-from transformers.utils import logging
 
 # ---- Losses ----
 # Per response, without reduction; copied elsewhere, they need torch alone. logps is log π_θ(y|x),
@@ -269,7 +269,7 @@ SAMPLES = 4  # responses per prompt, and prompts to show
 
 @torch.no_grad()
 def sample(model, tokenizer, rows, args):
-    """SAMPLES responses to each row's prompt, drawn from π_θ itself (temperature 1): texts."""
+    """For each row SAMPLES times (response, tokens, has it ended?), from π_θ at temperature 1."""
     # A sample ends with any token that ends a row. Of the model's own settings none is kept.
     ends = {tokenizer.eos_token_id, *(row.input_ids[-1].item() for row in rows)}
     settings = {"do_sample": True, "top_k": 0, "num_return_sequences": SAMPLES}
@@ -281,11 +281,12 @@ def sample(model, tokenizer, rows, args):
         ids = pad_sequence(prompts, batch_first=True, padding_value=-1, padding_side="left")
         with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
             output = model.generate(ids.clamp(min=0), attention_mask=(ids >= 0).long())
-        texts = []
+        drawn = []
         for tokens in output[:, ids.shape[1] :].tolist():
-            length = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
-            texts.append(tokenizer.decode(tokens[:length]).strip())
-        return chunks(texts, SAMPLES)
+            response = list(takewhile(lambda token: token not in ends, tokens))
+            has_ended = len(response) < len(tokens)
+            drawn.append((tokenizer.decode(response).strip(), len(response), has_ended))
+        return chunks(drawn, SAMPLES)
 
     torch.manual_seed(args.seed)
     return map_batches(respond, rows, args.batch_size, "samples")
@@ -317,7 +318,10 @@ def evaluate(model, tokenizer, rows, args):
     }
     with_answers = list({row.prompt: row for row in rows if row.answers}.values())
     asked = with_answers or list({row.prompt: row for row in rows}.values())[:SAMPLES]
-    responses = sample(model, tokenizer, asked, args)
+    texts, lengths, ended = zip(*chain(*sample(model, tokenizer, asked, args)))
+    metrics |= {"sample_length": mean(lengths), "sample_ended": mean(ended)}
+    metrics["sample_distinct"] = len(set(texts)) / len(texts)
+    responses = chunks(texts, SAMPLES)
     hits = defaultdict(list, exact_match=[])
     for row, texts in zip(with_answers, responses):
         found = [text in row.answers for text in texts]
@@ -579,8 +583,7 @@ def save_model(model, tokenizer, args, out):
     """Writes the stored model in float32, with the trained weights put or merged in."""
     trained = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
     stored = read_model(args.model)
-    if args.lora:
-        stored = add_lora(stored, args)
+    stored = add_lora(stored, args) if args.lora else stored
     keys = stored.load_state_dict(trained, strict=False)
     assert not keys.unexpected_keys, keys
     if args.lora:
@@ -699,8 +702,7 @@ def run(args):
         if items and args.method in ("ulma", "pointwise-dpo"):
             require(0 < mean_label < 1, f"the mean label is {mean_label:g}: {counts}")
             args.log_z = prior_log_z(mean_label, args.beta, args.continuous)
-    default = f"runs/{args.method}-{time.strftime('%y%m%d-%H%M%S')}-{os.getpid()}"
-    out = Path(args.output_dir or default)
+    out = Path(args.output_dir or time.strftime(f"runs/{args.method}-%y%m%d-%H%M%S-{os.getpid()}"))
     options = out / "options.json"
     same = options.exists() and options.read_text() == json.dumps(asdict(args)) + "\n"
     resumes = same and not (out / "metrics.json").exists()
@@ -722,6 +724,10 @@ def run(args):
         del model  # makes room for the next one
         model = load_model(args.model, args, tokenizer)
     print(f"--model {args.model} on {model.device}; results in {out}")
+    results, samples = {"options": asdict(args)}, {}
+    title = "eval" if args.eval_only else "before"
+    results[title], samples[title] = evaluate(model, tokenizer, test_rows, args)
+    write(options, [asdict(args)])
     if not args.eval_only:
         sizes = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
         modules = sorted({name.split(".lora_")[0].split(".")[-1] for name in sizes if args.lora})
@@ -729,11 +735,6 @@ def run(args):
         print(f"trains {', '.join([trained, *modules])}")
         print(f"{args.method}: {len(items)} items, learning rate {args.learning_rate}")
         print(f"β {args.beta:g}, β log Z {args.beta * args.log_z:.3g}, {args.epochs} epochs")
-    results, samples = {"options": asdict(args)}, {}
-    title = "eval" if args.eval_only else "before"
-    results[title], samples[title] = evaluate(model, tokenizer, test_rows, args)
-    write(options, [asdict(args)])
-    if not args.eval_only:
         figures |= train(model, items, args, out)
         figures["samples_per_second"] = figures["samples"] / figures["seconds"]
         figures["peak_memory_bytes"] = torch.cuda.max_memory_allocated() or None

@@ -214,7 +214,7 @@ def draws(kind):
         for seed in range(DRAWS // ulma.SAMPLES):
             drawn = ulma.sample(model, tokenizer, rows, replace(args, seed=seed))
             for row, texts in zip(rows, drawn):
-                kinds = [kind_of(row.prompt, text) for text in texts]
+                kinds = [kind_of(row.prompt, text) for text, *_ in texts]
                 scores[row.prompt] += [make_data.SCORES.get(name, 0.0) for name in kinds]
         path.write_text(json.dumps(scores))
     return json.loads(path.read_text())
