@@ -777,6 +777,23 @@ def test_exact_match_counts_answers_special_tokens_and_all(run, tmp_path, monkey
     assert read(out / "samples.jsonl")[0] == {"prompt": "Question 0?", "eval": ["<b>Yes</b>"] * 4}
 
 
+def test_of_samples_the_length_the_share_that_ended_and_the_distinct_ones_are_told(
+    run, tmp_path, monkeypatch
+):
+    model = stand_in(tmp_path / "model", tokenizer=chat_tokenizer(None, eos="<eos>"))
+    end = AutoTokenizer.from_pretrained(model).eos_token_id
+    added = torch.tensor([[7, end, 0], [7, 8, 9], [7, end, 9]])  # the second is cut off
+
+    def generate(model, input_ids, **_):
+        return torch.cat([input_ids, added], 1).repeat_interleave(ulma.SAMPLES, 0)
+
+    monkeypatch.setattr(transformers.GenerationMixin, "generate", generate)
+    data = write(tmp_path / "test.jsonl", [point(i) for i in range(3)])
+    metrics = run("--eval-only", model=model, data=data)[0]["eval"]
+    figures = [metrics[f"sample_{name}"] for name in ("length", "ended", "distinct")]
+    assert figures == pytest.approx([5 / 3, 2 / 3, 2 / 12])
+
+
 def test_samples_are_the_policys_whatever_the_models_settings_which_stay(run, small, tmp_path):
     def samples(flags="", **paths):
         lines = read(run(f"--eval-only {flags}", **paths)[1] / "samples.jsonl")

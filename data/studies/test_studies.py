@@ -306,12 +306,52 @@ def anchor_of(heading):
 
 
 def test_by_hand_prints_what_stands_below_it():
-    [by_hand] = [text for kind, text in snippets(README) if kind == "python" and "print(" in text]
+    [by_hand] = [text for kind, text in snippets(README) if kind == "python" and "autograd" in text]
     assert by_hand.count("\n") <= 20
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(by_hand, {})
     texts = [text for _, text in snippets(README)]
     assert printed.getvalue() == texts[texts.index(by_hand) + 1]
+
+
+def test_a_chat_uis_thumbs_become_rows(tmp_path, monkeypatch, capsys):
+    messages = {
+        name: {"role": role, "content": name.upper(), "parentId": parent}
+        for name, role, parent in (
+            ("q1", "user", None),
+            ("a1", "assistant", "q1"),
+            ("q2", "user", "a1"),
+            ("a2", "assistant", "q2"),
+            ("b2", "assistant", "q2"),  # another answer, not rated
+        )
+    }
+    snapshot = {"chat": {"chat": {"history": {"messages": messages}}}}
+    rated = [
+        {"data": {"rating": rating}, "meta": {"message_id": name}, "snapshot": snapshot}
+        for name, rating in (("a2", -1), ("a1", 1))
+    ]
+    monkeypatch.chdir(tmp_path)
+    Path("feedback.json").write_text(json.dumps(rated))
+    [snippet] = [text for kind, text in snippets(README) if "feedback.json" in text]
+    exec(snippet, {})
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["label"] for row in rows] == [0, 1]
+    texts = [[message["content"] for message in row["completion"]] for row in rows]
+    assert texts == [["Q1", "A1", "Q2", "A2"], ["Q1", "A1"]]
+
+
+def test_another_loss_is_what_the_readme_says(monkeypatch):
+    logps = LOGPS.float().requires_grad_()
+    monkeypatch.setattr(ulma, "batch_logps", lambda *given: logps)
+    rows = [Row("x", ZERO, ZERO, i % 2, ref_logp=r) for i, r in enumerate(REF_LOGPS.tolist())]
+    [snippet] = [text for kind, text in snippets(README) if "def hinge" in text]
+    names = {"ulma": ulma}
+    exec(snippet, names)
+    args = ulma.read_options(f"--beta {BETA} --log-z 0.5".split())
+    losses, rewards, labels = names["hinge"](None, [tuple(rows)], args)
+    signs = 2 * labels - 1
+    torch.testing.assert_close(losses.detach(), (1 - signs * rewards).relu())
+    assert losses.requires_grad and not rewards.requires_grad
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -325,6 +365,10 @@ def test_links_inside_the_repository_resolve(page):
                 text = linked.read_text(encoding="utf-8")
                 headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
                 assert anchor in map(anchor_of, headings), target
+
+
+def test_the_readme_is_short():
+    assert len(README.split()) <= 1900
 
 
 def test_every_test_that_the_readme_names_exists():
