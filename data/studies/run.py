@@ -85,7 +85,6 @@ ELSEWHERE = {  # the file that makes it
     "optimum": "figures",
     "real-demonstrations": "demonstrations",
     "real-model": "real",
-    "real-ratings": "real",
 }
 
 
@@ -397,8 +396,14 @@ def execute(run):
 def quietly(function, *given):
     """Call a function without its output, in a process of the pool."""
     torch.set_flush_denormal(True)  # as ulma.main does
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        return function(*given)
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()) as told,
+    ):
+        try:
+            return function(*given)
+        except SystemExit:  # of argparse; it would end the process, and the pool would wait for it
+            raise ValueError(told.getvalue()) from None
 
 
 def in_processes(function, runs, title="runs", runs_a_process=None):

@@ -190,19 +190,6 @@ def test_of_a_rejected_response_the_tokens_count_that_the_edit_removed(rejected,
     assert [row.input_ids[row.response_mask].tolist() for row in others] == [rated] * bool(rated)
 
 
-def test_a_transcript_is_read_as_messages_or_left_out():
-    user = {"role": "user", "content": "Hi"}
-    assistant = {"role": "assistant", "content": "Hello.\n\nYes?"}
-    assert real.messages("\n\nHuman: Hi\n\nAssistant: Hello.\n\nYes?") == [user, assistant]
-    for other in (
-        "\n\nHuman: Hi\n\nHuman: Hi\n\nAssistant: Yes?",
-        "\n\nHuman: Hi",
-        "\n\nHuman: Hi\n\nAssistant:",
-        "Be brief.\n\nHuman: Hi\n\nAssistant: Yes?",
-    ):
-        assert real.messages(other) is None
-
-
 def test_the_frontier_measures_score_and_kl_of_the_responses(tmp_path):
     responses = [
         {"completion": "A", "tokens": 2, "score": 0.2, "logp": -3.0, "ref_logp": -5.0},
