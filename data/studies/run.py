@@ -109,8 +109,9 @@ def cells_of(table, flags):
     if table in ("average", "brake"):  # given
         return [f"--learning-rate {settings['learning-rate']} --beta {settings['beta']}"]
     if table == "push":
-        pushes = "0.03 0.1 0.3 1 3 10"
-        return grid(learning_rate="3e-4", down=pushes, beta="0.1 0.3 1 3 10 30")
+        fine, coarse, betas = "0.03 0.1 0.3 1 3 10", "0.1 1 10", "0.1 0.3 1 3 10 30"
+        cells = grid(learning_rate="3e-4 1e-3", down=fine, beta=betas)
+        return cells + grid(learning_rate="1e-4", down=coarse, beta=betas)
     if "beta" in settings:
         return grid(learning_rate=RATES, beta="0.1 0.3 1 3 10")
     return grid(learning_rate=f"{RATES} 3e-3")
@@ -502,8 +503,8 @@ def sweep(table, rows):
 def print_results(rows, measure, seeds):
     """What the seeds measured.
 
-    Differences are in the first figure, seed by seed: from the first row, and from the last ULMA
-    above.
+    Differences are in the first figure, seed by seed: from the first row, and from the row that
+    this one varies, which has its name up to the last comma, or else from the last ULMA above.
     """
     perform([(flags, seed, False) for seed in range(seeds) for flags in rows.values()], "runs")
     found = {
@@ -520,11 +521,12 @@ def print_results(rows, measure, seeds):
             line.append(shown([run[key] for run in runs], digits) if key in runs[0] else "")
         if name.startswith("ULMA"):
             ulma_above = name
-        for other in (first, ulma_above):
+        varied = name.rpartition(", ")[0]
+        for other in (first, varied if varied in found else ulma_above):
             pairs = zip(runs, found[other])
             line.append(shown([run[columns[0]] - base[columns[0]] for run, base in pairs]))
         lines.append([*line, f"`{rows[name]}`"])
-    header = ["method", *columns, "less the first row", "less the ULMA above", "flags"]
+    header = ["method", *columns, "less the first row", "less what it varies", "flags"]
     print_table("", header, lines)
 
 

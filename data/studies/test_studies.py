@@ -327,20 +327,6 @@ def test_a_chat_uis_thumbs_become_rows(tmp_path, monkeypatch, capsys):
     assert texts == [["Q1", "A1", "Q2", "A2"], ["Q1", "A1"]]
 
 
-def test_another_loss_is_what_the_readme_says(monkeypatch):
-    logps = LOGPS.float().requires_grad_()
-    monkeypatch.setattr(ulma, "batch_logps", lambda *given: logps)
-    rows = [Row("x", ZERO, ZERO, i % 2, ref_logp=r) for i, r in enumerate(REF_LOGPS.tolist())]
-    [snippet] = [text for kind, text in snippets(README) if "def hinge" in text]
-    names = {"ulma": ulma}
-    exec(snippet, names)
-    args = ulma.read_options(f"--beta {BETA} --log-z 0.5".split())
-    losses, rewards, labels = names["hinge"](None, [tuple(rows)], args)
-    signs = 2 * labels - 1
-    torch.testing.assert_close(losses.detach(), (1 - signs * rewards).relu())
-    assert losses.requires_grad and not rewards.requires_grad
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_inside_the_repository_resolve(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
