@@ -1,0 +1,67 @@
+"""The six exercises of data/lesson.md, to be filled in. Each is graded by the suite:
+
+    python -m pytest -q -k exercise_1
+
+skips what is not solved yet, and passes or fails what is. (B,) is the shape of a tensor, one number
+a response; logps is log π_θ(y|x), ref_logps log π_ref(y|x), and a label z is 0 or 1.
+"""
+
+import torch  # noqa: F401
+from torch.nn.functional import logsigmoid  # noqa: F401
+
+
+class NotSolved(NotImplementedError):
+    """What the suite skips."""
+
+
+def ulma_loss(logps, ref_logps, labels, beta, log_z):
+    """Exercise 1. ULMA's loss of each response, (B,). It is finite at r_θ = 100, too."""
+    raise NotSolved
+
+
+def weights_at_beta_2():
+    """Exercise 2. The six weights of README's By hand, had it beta=2.0, to three digits.
+
+    A list, in the order of the table, line by line.
+    """
+    raise NotSolved
+
+
+def first_weights(beta, log_z, mean_label):
+    """Exercise 3. Point-wise DPO's weights of ∇ log π_θ(y|x) before the first step.
+
+    Three numbers: of a thumbs-up, of a thumbs-down, and the mean over all rows, of which the share
+    mean_label is thumbs-up.
+    """
+    raise NotSolved
+
+
+def ulma_optimum(ref, rated, labels, beta):
+    """Exercise 4. The distribution over three responses to a prompt at which ULMA's loss is least.
+
+    ref is π_ref, rated the share of each response among the rated ones, (3,), none 0; each has one
+    label, and not all are 0. Not all arguments may be needed.
+    """
+    raise NotSolved
+
+
+def response_logps(logits, input_ids, response_mask):
+    """Exercise 5. log π(y|x), (B,), from a model's logits, (B, T, vocabulary).
+
+    input_ids and response_mask are (B, T), padded on the right; the mask is True on response
+    tokens. The logits at t predict token t + 1.
+    """
+    raise NotSolved
+
+
+def kto_loss(logps, ref_logps, labels, beta, kl):
+    """Exercise 6. KTO's loss of each response, (B,): 1 − σ(r) where z = 1, 1 − σ(−r) elsewhere.
+
+    Here r = β (log π_θ/π_ref − kl), and kl, at least 0, is an estimate of the KL(π_θ‖π_ref).
+    """
+    raise NotSolved
+
+
+def kto_log_z(kl):
+    """Exercise 6. What stands for log Z(x) in KTO: r_θ with it is the r of kto_loss."""
+    raise NotSolved

@@ -1,0 +1,129 @@
+"""The steps of data/lesson.md run as it shows; its exercises are graded, given {name: answer}."""
+
+import os
+import re
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read at import, and these tests may come first
+import exercises
+import make_data
+import pytest
+import torch
+from torch import tensor
+from torch.testing import assert_close
+
+import ulma
+
+HERE = Path(__file__).parent
+LESSON = (HERE / "lesson.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", LESSON, re.DOTALL)  # (language, text)
+SOLUTIONS = BLOCKS[-1][1]
+
+
+def test_the_lesson_is_short():
+    assert len(LESSON.split()) <= 1500
+
+
+def applied(diff, code):
+    """The code with the hunks of a diff put in."""
+    for hunk in diff.split("@@\n"):
+        lines = hunk.splitlines(keepends=True)
+        before, after = ("".join(x[1:] for x in lines if x[0] in signs) for signs in (" -", " +"))
+        assert code.count(before) == 1, before
+        code = code.replace(before, after)
+    return code
+
+
+def test_the_lesson_prints_what_it_shows_and_ends_with_ulmas_loss(tmp_path, monkeypatch, capsys):
+    for name in ("train.jsonl", "test.jsonl"):
+        make_data.write(tmp_path / "few" / name, make_data.read(HERE / name)[::37])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", "lesson.py --data few --beta 3 --epochs 5".split())
+    code = ""
+    for (kind, text), (_, shown) in zip(BLOCKS[:10:2], BLOCKS[1:10:2]):
+        code = text if kind == "python" else applied(text, code)
+        exec(code, names := {})
+        texts = capsys.readouterr().out, shown
+        printed, shown = (re.sub(r"[+-]?\d+\.\d+", "#", text) for text in texts)
+        assert printed.endswith(shown)
+    given = names["model"], names["items"], names["args"]
+    assert_close(names["losses_of"](*given), ulma.batch_losses(*given))
+
+
+def weights(loss, logps, *more):
+    """The weights of ∇ log π_θ(y|x) in a descent step."""
+    return -torch.func.grad(lambda logps: loss(logps, *more).sum())(tensor(logps))
+
+
+def exercise_1(answers):
+    logps, ref_logps = tensor([-2.0, -3.0, -1.0, -1.0]), tensor([-1.0, -1.0, -101.0, -101.0])
+    given = logps, ref_logps, tensor([1.0, 0.0, 1.0, 0.0]), 1.0, 0.5
+    assert_close(answers["ulma_loss"](*given), ulma.ulma_loss(*given))
+
+
+def exercise_2(answers):
+    expected, given = [1.0, 0.0], (tensor([-3.0, -4.0]), tensor([1.0, 0.0]), 2.0)
+    for loss in (ulma.pointwise_dpo_loss, ulma.ulma_loss):
+        expected += weights(loss, [-2.0, -6.0], *given).tolist()
+    assert answers["weights_at_beta_2"]() == pytest.approx(expected, abs=6e-4)
+
+
+def exercise_3(answers):
+    labels = tensor([1.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+    for log_z in (0.0, ulma.prior_log_z(1 / 6, 0.1), 2.0):
+        first = weights(ulma.pointwise_dpo_loss, [-9.0] * 6, -9.0, labels, 0.1, log_z)
+        expected = torch.stack([*first[:2], first.mean()])
+        assert_close(tensor(answers["first_weights"](0.1, log_z, 1 / 6)), expected)
+
+
+def exercise_4(answers):
+    ref, rated = tensor([0.6, 0.3, 0.1]), tensor([0.2, 0.3, 0.5])
+    for labels, beta in (tensor([1, 0, 1]), 0.3), (tensor([0, 1, 1]), 3.0):
+        logits = torch.zeros(3, requires_grad=True)
+        for _ in range(1000):
+            losses = ulma.ulma_loss(logits.log_softmax(0), ref.log(), labels, beta)
+            [gradient] = torch.autograd.grad((rated * losses).sum(), logits)
+            logits.data -= 3 * gradient
+        found = torch.as_tensor(answers["ulma_optimum"](ref, rated, labels, beta))
+        assert_close(found, logits.softmax(0), atol=1e-3, rtol=0)
+
+
+def exercise_5(answers):
+    model, ids = ulma.read_model(str(HERE / "base")), torch.arange(20, 32).reshape(2, 6)
+    mask = tensor([[0, 0, 0, 1, 1, 1], [0, 0, 1, 1, 0, 0]]).bool()
+    found = answers["response_logps"](model(ids).logits, ids, mask)
+    assert_close(found, ulma.response_logps(model, ids, mask))
+
+
+def exercise_6(answers):
+    logps, labels = tensor([-2.0, -8.0, -2.0, -8.0]), tensor([1.0, 1.0, 0.0, 0.0])
+    assert answers["kto_log_z"](1.5) == -1.5
+    probability = (-ulma.pointwise_dpo_loss(logps, -5.0, labels, 0.3, -1.5)).exp()
+    assert_close(answers["kto_loss"](logps, -5.0, labels, 0.3, 1.5), 1 - probability)
+
+
+MISTAKES = {  # for each exercise what to replace in the solutions, and by what
+    exercise_1: ("-logsigmoid(-r)", "-(1 - r.sigmoid()).log()"),
+    exercise_2: ("0.238", "0.119"),  # β forgotten
+    exercise_3: ("beta * log_z).sig", "log_z).sig"),
+    exercise_4: ("rated * labels /", "ref * labels /"),
+    exercise_5: ("response_mask[:, 1:]", "response_mask[:, :-1]"),
+    exercise_6: ("return -kl", "return kl"),
+}
+
+
+@pytest.mark.parametrize("grade", MISTAKES)
+def test_your_answer(grade):
+    try:
+        grade(vars(exercises))
+    except exercises.NotSolved:
+        pytest.skip("not solved yet")
+
+
+@pytest.mark.parametrize("grade", MISTAKES, ids=range(1, 7))
+def test_the_lessons_solution_is_right_and_a_plausible_mistake_is_not(grade):
+    exec(SOLUTIONS, names := dict(vars(exercises)))
+    grade(names)
+    exec(SOLUTIONS.replace(*MISTAKES[grade]), names)
+    with pytest.raises(AssertionError):
+        grade(names)
