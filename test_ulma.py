@@ -839,7 +839,10 @@ NAMES = "--methd=sft --method=rlhf --data=nowhere --model=nowhere --lora=-1"
 MISTAKES = {flag: flag.split("=")[0] for flag in f"{NUMBERS} {NAMES}".split()}
 MISTAKES |= {f"--balanced --method {method}": "--balanced" for method in ("dpo", "sft")}
 MISTAKES |= {f"--data {__file__}": "test_ulma", "--data-dir nowhere": "nowhere"}
-MISTAKES |= {f"--output-dir {HERE}": "neither new", f"--output-dir {__file__}/x": "test_ulma"}
+MISTAKES |= {
+    f"--output-dir {HERE}": "a finished or another",
+    f"--output-dir {__file__}/x": "test_ulma",
+}
 COLUMNS = {  # rows, with | between them; what the line tells
     "": "rows.jsonl: train ",
     f"{A}|{A[:-9]}": "row 1",
@@ -1018,10 +1021,10 @@ def stopped(run, monkeypatch, tmp_path, small):
 
 def test_the_same_command_goes_on_and_any_other_is_refused(stopped, run):
     for more in ("--beta 1", "--seed 1", "--method sft"):
-        assert "neither new" in error_of(run, f"{SAVING} {more}", **stopped)
+        assert "a finished or another" in error_of(run, f"{SAVING} {more}", **stopped)
     assert run(SAVING, **stopped)[0]["train"]["from_step"] == 2
     assert outcome(stopped["output_dir"]) == outcome(run(SAVING, data=stopped["data"])[1])
-    assert "neither new" in error_of(run, SAVING, **stopped)
+    assert "a finished or another" in error_of(run, SAVING, **stopped)
 
 
 def test_a_checkpoint_of_other_rows_or_with_code_is_refused(stopped, run):

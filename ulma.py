@@ -373,11 +373,11 @@ def load_items(args, tokenizer):
     test = args.test_split
     if test == "test" and test not in splits:
         test = args.train_split if args.eval_only else None
+        print(f"none of {', '.join(splits)} is test: tested on {test or 'a tenth of the prompts'}")
     items = [] if args.eval_only else read_split(splits, args.train_split, args, tokenizer)
     if test is not None:
         test_items = read_split(splits, test, args, tokenizer)
     else:
-        print(f"none of {', '.join(splits)} is test: a tenth of the prompts is held out")
         prompts = sorted({item[0].prompt for item in items})
         held_out = set(random.Random(args.seed).sample(prompts, math.ceil(len(prompts) / 10)))
         test_items = [item for item in items if item[0].prompt in held_out]
@@ -706,7 +706,7 @@ def run(args):
     options = out / "options.json"
     same = options.exists() and options.read_text() == json.dumps(asdict(args)) + "\n"
     resumes = same and not (out / "metrics.json").exists()
-    require(resumes or not any(out.glob("*")), f"--output-dir {out} is neither new nor this run's")
+    require(resumes or not any(out.glob("*")), f"--output-dir {out} has a finished or another run")
     # One reference pass, so that no second model stays in memory.
     model = load_model(args.reference or args.model, args, tokenizer)
     highest = max(row.input_ids.max() for row in rows + test_rows)
