@@ -25,7 +25,7 @@ BETA, LOGPS, REF_LOGPS = 0.3, torch.randn(50).double() - 9, torch.randn(50).doub
 RATIOS, ONE, ZERO = LOGPS - REF_LOGPS, torch.ones(50), torch.zeros(50)
 ROOT, HERE, make_data = ulma.HERE, Path(__file__).parent, run.make_data
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [ROOT / "README.md", ROOT / "data/README.md", *sorted(HERE.glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "data").rglob("*.md"))]
 
 
 # ---- Losses of others ----
