@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read at import, and these tests may come first
+import demonstrations
 import pytest
 import real
 import run
@@ -200,6 +201,32 @@ def test_the_frontier_measures_score_and_kl_of_the_responses(tmp_path):
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
     figures = list(real.measured_in(tmp_path).values())
     assert figures == pytest.approx([0.4, 1.0, 1.5, 50.0, 7.0, 0.9])
+
+
+def test_the_table_of_real_demonstrations_has_the_best_beta_and_differences_from_sft(
+    tmp_path, monkeypatch, capsys
+):
+    question = "demonstrated", "gcd", "2, 4?", "2"
+    fakes = {"RUNS": tmp_path, "questions": lambda seed: [[question]] * 3, "SEEDS": range(2)}
+    for name in ("make_base", "perform", "in_processes", "picture"):
+        fakes[name] = lambda *given: None
+    for name, fake in fakes.items():
+        monkeypatch.setattr(demonstrations, name, fake)
+    for (name, rows), (_, flags) in demonstrations.ROWS.items():
+        for beta in demonstrations.BETAS if flags.endswith("--beta") else [""]:
+            for seed in range(2):
+                exact = 20.0 + (name == "ULMA") * (5 + seed) + (beta == "10")
+                figures = {"validation exact": exact, "KL": 1.0, "tokens": 2, "ended": 1.0}
+                figures |= {"distinct": 0.5, "test exact": exact}
+                figures |= {f"test exact/{group}": exact for group in demonstrations.FAMILIES}
+                folder = demonstrations.folder_of((name, rows, beta, seed))
+                make_data.write(folder / "metrics.json", [figures])
+    demonstrations.real_demonstrations()
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
+    [ulma_line] = [line for line in lines if line[:2] == ["| ULMA", "own"]]
+    assert ulma_line[2:5] == ["10", "26.5 ± 0.5", "6.5 ± 0.5"]
+    gold = make_data.read(tmp_path / "rows/demonstrations, 0/train.jsonl")
+    assert [(row["completion"], row["label"]) for row in gold] == [("2", 1)]
 
 
 # ---- The rows ----
