@@ -215,7 +215,7 @@ def test_the_table_of_real_demonstrations_has_the_best_beta_and_differences_from
     for (name, rows), (_, flags) in demonstrations.ROWS.items():
         for beta in demonstrations.BETAS if flags.endswith("--beta") else [""]:
             for seed in range(2):
-                exact = 20.0 + (name == "ULMA") * (5 + seed) + (beta == "10")
+                exact = 20.0 + (name == "ULMA") * (5 + seed) + (beta == "1")
                 figures = {"validation exact": exact, "KL": 1.0, "tokens": 2, "ended": 1.0}
                 figures |= {"distinct": 0.5, "test exact": exact}
                 figures |= {f"test exact/{group}": exact for group in demonstrations.FAMILIES}
@@ -224,7 +224,7 @@ def test_the_table_of_real_demonstrations_has_the_best_beta_and_differences_from
     demonstrations.real_demonstrations()
     lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
     [ulma_line] = [line for line in lines if line[:2] == ["| ULMA", "own"]]
-    assert ulma_line[2:5] == ["10", "26.5 ± 0.5", "6.5 ± 0.5"]
+    assert ulma_line[2:5] == ["1", "26.5 ± 0.5", "6.5 ± 0.5"]
     gold = make_data.read(tmp_path / "rows/demonstrations, 0/train.jsonl")
     assert [(row["completion"], row["label"]) for row in gold] == [("2", 1)]
 
