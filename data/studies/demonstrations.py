@@ -41,9 +41,10 @@ FAMILIES = {  # of reasoning-gym, and how they are made easy
 TRAIN, VALIDATION, TEST, SAMPLED = 25, 20, 28, 6  # questions of a family; of the test's, sampled
 SEEDS = range(3)  # of questions, draws and training
 COMMON = "--bf16 true --lora 16 --batch-size 8 --max-length 160 --max-new-tokens 24"
-BETAS = ["0.01", "0.1", "1"]
+BETAS = ["0.1", "1", "10", "1, λ 0.1"]  # the last with a tenth of the push on thumbs-down
 SFT, ULMA = "--method sft --epochs 6", "--method ulma --epochs 2 --beta"  # of as many steps
 POINTWISE, PAIRWISE = "--method pointwise-dpo --epochs 2 --beta", "--method dpo --epochs 6 --beta"
+PAIRED = "SFT, then pair-wise DPO"
 ROWS = {  # (method, the rows): the model to start from, which is π_ref, and flags
     ("SFT", "demonstrations"): ("instruct", SFT),
     ("ULMA", "instruct"): ("instruct", ULMA),
@@ -51,7 +52,7 @@ ROWS = {  # (method, the rows): the model to start from, which is π_ref, and fl
     ("ULMA", "SFT"): ("instruct", ULMA),
     ("point-wise DPO", "SFT"): ("instruct", POINTWISE),
     ("SFT, then point-wise DPO", "SFT"): ("SFT", POINTWISE),
-    ("SFT, then pair-wise DPO", "SFT"): ("SFT", PAIRWISE),
+    (PAIRED, "SFT"): ("SFT", PAIRWISE),
     ("SFT", "own"): ("SFT", SFT),
     ("ULMA", "own"): ("SFT", ULMA),
     ("point-wise DPO", "own"): ("SFT", POINTWISE),
@@ -146,6 +147,7 @@ def execute(run):
     start, flags = ROWS[name, rows_name]
     paths = {"model": start_of(start, seed), "data": str(RUNS / f"rows/{rows_name}, {seed}")}
     given = {"learning_rate": 3e-4, "seed": seed, "test_split": "train"}
+    beta, _, push = beta.partition(", λ ")
     args = options(f"{flags} {beta}", **paths, **given)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     items, _ = ulma.load_items(args, tokenizer)
@@ -155,6 +157,7 @@ def execute(run):
         args.log_z = ulma.prior_log_z(ulma.mean([row.label for row in rows]), args.beta)
         for row, logp in zip(rows, ulma.all_logps(model, rows, args, "log π_ref").tolist()):
             row.ref_logp = logp
+            row.weight = float(push or 1) if row.label == 0 else 1.0
     ulma.train(model, ulma.training_items(items, args.method), args, out)
     ulma.save_model(model, tokenizer, args, out)
     metrics = measure(str(out), args, tokenizer)
@@ -209,15 +212,20 @@ def measured(cell, key):
     return [json.loads(file.read_text()).get(key, float("nan")) for file in files]
 
 
-def best_of(name, rows_name):
-    """The β that is best on the validation questions of seed 0, if the method has one."""
+def betas_of(name, rows_name):
     if not ROWS[name, rows_name][1].endswith("--beta"):
-        return ""
-    runs = {beta: folder_of((name, rows_name, beta, 0)) / "metrics.json" for beta in BETAS}
+        return [""]
+    return BETAS[:-1] if name == PAIRED else BETAS
+
+
+def best_of(name, rows_name):
+    """The β that is best on the validation questions of seed 0."""
+    betas = betas_of(name, rows_name)
+    runs = {beta: folder_of((name, rows_name, beta, 0)) / "metrics.json" for beta in betas}
     found = {beta: json.loads(path.read_text()) for beta, path in runs.items()}
     for beta, metrics in found.items():
         print(f"{name}, {rows_name}, β {beta}: {metrics['validation exact']:.1f} on validation")
-    return max(BETAS, key=lambda beta: found[beta]["validation exact"])
+    return max(betas, key=lambda beta: found[beta]["validation exact"])
 
 
 def picture(cells):
@@ -247,8 +255,7 @@ def real_demonstrations():
     sources = [(name, seed) for name in ("instruct", "SFT") for seed in SEEDS]
     todo = [(name, seed) for name, seed in sources if not (RUNS / f"rows/{name}, {seed}").exists()]
     in_processes(draw, todo, "draws")
-    swept = [cell for cell, (_, flags) in ROWS.items() if flags.endswith("--beta")]
-    perform([(*cell, beta, 0) for cell in swept for beta in BETAS], "sweep")
+    perform([(*cell, beta, 0) for cell in ROWS for beta in betas_of(*cell)], "sweep")
     cells = [(*cell, best_of(*cell)) for cell in ROWS]
     perform([(*cell, seed) for cell in cells for seed in SEEDS], "seeds")
     keys, lines = ["exact", "exact/demonstrated", "exact/undemonstrated"], []
