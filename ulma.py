@@ -73,7 +73,7 @@ def pointwise_dpo_loss(logps, ref_logps, labels, beta=0.1, log_z=0.0, continuous
 def ulma_loss(logps, ref_logps, labels, beta=0.1, log_z=0.0, continuous=False):
     """ULMA: SFT where z = 1, point-wise DPO elsewhere.
 
-    Where z = 1 the loss does not depend on ref_logps, so any finite number will do there.
+    Where z = 1 ref_logps is not used: any finite number will do, but NaN spoils the gradient.
     """
     preference = pointwise_dpo_loss(logps, ref_logps, labels, beta, log_z, continuous)
     return torch.where(labels == 1, sft_loss(logps), preference)
@@ -115,7 +115,7 @@ class Row:
 
 
 def collate(rows):
-    """A batch: input_ids and response_mask, (B, T), padded on the right; numbers of rows, (B,)."""
+    """A batch: input_ids and response_mask, (B, T), padded on the right; each row's numbers, (B,)."""
     batch = {}
     for name in ("input_ids", "response_mask"):
         batch[name] = pad_sequence([getattr(row, name) for row in rows], batch_first=True)
@@ -169,7 +169,7 @@ def all_logps(model, rows, args, title):
 
 
 # ---- Training ----
-# An item has one loss: it is a tuple of a row, or in pair-wise DPO of two, chosen and rejected.
+# An item has one loss: it is a tuple of one row, or in pair-wise DPO of two, chosen and rejected.
 
 
 def rows_of(items):
