@@ -20,9 +20,9 @@ def ulma_loss(logps, ref_logps, labels, beta, log_z):
 
 
 def weights_at_beta_2():
-    """Exercise 2. The six weights of README's By hand, had it beta=2.0, to three digits.
+    """Exercise 2. The six weights that README's By hand would print with beta=2.0.
 
-    A list, in the order of the table, line by line.
+    A list, line by line, to three decimals.
     """
     raise NotSolved
 
@@ -57,7 +57,7 @@ def response_logps(logits, input_ids, response_mask):
 def kto_loss(logps, ref_logps, labels, beta, kl):
     """Exercise 6. KTO's loss of each response, (B,): 1 − σ(r) where z = 1, 1 − σ(−r) elsewhere.
 
-    Here r = β (log π_θ/π_ref − kl), and kl, at least 0, is an estimate of the KL(π_θ‖π_ref).
+    Here r = β (log π_θ/π_ref − kl), and the number kl is an estimate of KL(π_θ‖π_ref).
     """
     raise NotSolved
 

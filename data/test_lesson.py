@@ -56,9 +56,11 @@ def weights(loss, logps, *more):
 
 
 def exercise_1(answers):
-    logps, ref_logps = tensor([-2.0, -3.0, -1.0, -1.0]), tensor([-1.0, -1.0, -101.0, -101.0])
-    given = logps, ref_logps, tensor([1.0, 0.0, 1.0, 0.0]), 1.0, 0.5
-    assert_close(answers["ulma_loss"](*given), ulma.ulma_loss(*given))
+    logps, ref_logps = [-2.0, -3.0, -1.0, -1.0], tensor([-1.0, -1.0, -201.0, -201.0])
+    given = ref_logps, tensor([1.0, 0.0, 1.0, 0.0]), 0.5, 0.4
+    yours, right = answers["ulma_loss"], ulma.ulma_loss
+    assert_close(yours(tensor(logps), *given), right(tensor(logps), *given))
+    assert_close(weights(yours, logps, *given), weights(right, logps, *given))
 
 
 def exercise_2(answers):
@@ -89,10 +91,13 @@ def exercise_4(answers):
 
 
 def exercise_5(answers):
-    model, ids = ulma.read_model(str(HERE / "base")), torch.arange(20, 32).reshape(2, 6)
+    logits, ids = torch.arange(48.0).reshape(2, 6, 4).sin(), torch.arange(12).reshape(2, 6) % 4
     mask = tensor([[0, 0, 0, 1, 1, 1], [0, 0, 1, 1, 0, 0]]).bool()
-    found = answers["response_logps"](model(ids).logits, ids, mask)
-    assert_close(found, ulma.response_logps(model, ids, mask))
+    expected = []
+    for row, positions in enumerate(([3, 4, 5], [2, 3])):
+        scores = [logits[row, t - 1].log_softmax(0)[ids[row, t]] for t in positions]
+        expected.append(sum(scores))
+    assert_close(answers["response_logps"](logits, ids, mask), torch.stack(expected))
 
 
 def exercise_6(answers):
@@ -102,17 +107,21 @@ def exercise_6(answers):
     assert_close(answers["kto_loss"](logps, -5.0, labels, 0.3, 1.5), 1 - probability)
 
 
-MISTAKES = {  # for each exercise what to replace in the solutions, and by what
-    exercise_1: ("-logsigmoid(-r)", "-(1 - r.sigmoid()).log()"),
-    exercise_2: ("0.238", "0.119"),  # β forgotten
-    exercise_3: ("beta * log_z).sig", "log_z).sig"),
-    exercise_4: ("rated * labels /", "ref * labels /"),
-    exercise_5: ("response_mask[:, 1:]", "response_mask[:, :-1]"),
-    exercise_6: ("return -kl", "return kl"),
-}
+EXERCISES = exercise_1, exercise_2, exercise_3, exercise_4, exercise_5, exercise_6
+MISTAKES = [  # of an exercise: what to replace in the solutions, and by what
+    (exercise_1, "-logsigmoid(-r)", "-(1 - r.sigmoid()).log()"),
+    (exercise_1, "-logps, -log", "-beta * logps, -log"),
+    (exercise_1, "r = beta * (logps - ref_logps + log_z)", "r = logps - ref_logps + log_z"),
+    (exercise_1, "(logps - ref_logps + log_z)\n", "(logps.detach() - ref_logps + log_z)\n"),
+    (exercise_2, "0.238", "0.119"),  # β forgotten
+    (exercise_3, "beta * log_z).sig", "log_z).sig"),
+    (exercise_4, "rated * labels /", "ref * labels /"),
+    (exercise_5, "response_mask[:, 1:]", "response_mask[:, :-1]"),
+    (exercise_6, "return -kl", "return kl"),
+]
 
 
-@pytest.mark.parametrize("grade", MISTAKES)
+@pytest.mark.parametrize("grade", EXERCISES)
 def test_your_answer(grade):
     try:
         grade(vars(exercises))
@@ -120,10 +129,18 @@ def test_your_answer(grade):
         pytest.skip("not solved yet")
 
 
-@pytest.mark.parametrize("grade", MISTAKES, ids=range(1, 7))
-def test_the_lessons_solution_is_right_and_a_plausible_mistake_is_not(grade):
-    exec(SOLUTIONS, names := dict(vars(exercises)))
-    grade(names)
-    exec(SOLUTIONS.replace(*MISTAKES[grade]), names)
+def solved(old="", new=""):
+    exec(SOLUTIONS.replace(old, new), names := dict(vars(exercises)))
+    return names
+
+
+@pytest.mark.parametrize("grade", EXERCISES, ids=range(1, 7))  # -k exercise_1 is your answer's
+def test_the_lessons_solution_is_right(grade):
+    grade(solved())
+
+
+@pytest.mark.parametrize("grade, old, new", MISTAKES, ids=range(len(MISTAKES)))
+def test_a_plausible_mistake_is_found(grade, old, new):
+    assert old in SOLUTIONS
     with pytest.raises(AssertionError):
-        grade(names)
+        grade(solved(old, new))

@@ -51,6 +51,7 @@ ROWS = {  # (method, the rows): the model to start from, which is π_ref, and fl
     ("point-wise DPO", "instruct"): ("instruct", POINTWISE),
     ("ULMA", "SFT"): ("instruct", ULMA),
     ("point-wise DPO", "SFT"): ("instruct", POINTWISE),
+    ("SFT, then ULMA", "SFT"): ("SFT", ULMA),
     ("SFT, then point-wise DPO", "SFT"): ("SFT", POINTWISE),
     (PAIRED, "SFT"): ("SFT", PAIRWISE),
     ("SFT", "own"): ("SFT", SFT),
