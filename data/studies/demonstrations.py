@@ -47,6 +47,7 @@ POINTWISE, PAIRWISE = "--method pointwise-dpo --epochs 2 --beta", "--method dpo 
 PAIRED = "SFT, then pair-wise DPO"
 ROWS = {  # (method, the rows): the model to start from, which is π_ref, and flags
     ("SFT", "demonstrations"): ("instruct", SFT),
+    ("SFT, twice the steps", "demonstrations"): ("instruct", SFT.replace("6", "12")),
     ("ULMA", "instruct"): ("instruct", ULMA),
     ("point-wise DPO", "instruct"): ("instruct", POINTWISE),
     ("ULMA", "SFT"): ("instruct", ULMA),
@@ -162,7 +163,7 @@ def execute(run):
     ulma.train(model, ulma.training_items(items, args.method), args, out)
     ulma.save_model(model, tokenizer, args, out)
     metrics = measure(str(out), args, tokenizer)
-    if rows_name != "demonstrations":
+    if (name, rows_name) != ("SFT", "demonstrations"):
         (out / "model.safetensors").unlink()
     ulma.write(out / "metrics.json", [metrics])
 
