@@ -1065,6 +1065,7 @@ TRAINER_FLAGS += " --logging_steps 1 --disable_tqdm true"
 # accelerate shards on GPUs alone, so it is told that these CPUs are some; DIES_AT is a step.
 LAUNCH = """
 import os, runpy, sys
+import torch
 from accelerate.state import DistributedType, PartialState
 from transformers import Trainer
 
@@ -1088,6 +1089,7 @@ Trainer.create_accelerator_and_postprocess = prepare_for_gpus
 Trainer.training_step = take_step_or_die
 sys.argv[:1] = []
 runpy.run_path(sys.argv[0], run_name="__main__")
+assert not torch.distributed.is_initialized()  # or its threads abort, one run in hundreds
 """
 
 
