@@ -44,11 +44,12 @@ COMMON = "--bf16 true --lora 16 --batch-size 8 --max-length 160 --max-new-tokens
 BETAS = ["0.1", "1", "10", "1, λ 0.1"]  # the last with a tenth of the push on thumbs-down
 SFT, ULMA = "--method sft --epochs 6", "--method ulma --epochs 2 --beta"  # of as many steps
 POINTWISE, PAIRWISE = "--method pointwise-dpo --epochs 2 --beta", "--method dpo --epochs 6 --beta"
-PAIRED = "SFT, then pair-wise DPO"
+PAIRED, TWICE = "SFT, then pair-wise DPO", ", twice the steps"
 ROWS = {  # (method, the rows): the model to start from, which is π_ref, and flags
     ("SFT", "demonstrations"): ("instruct", SFT),
-    ("SFT, twice the steps", "demonstrations"): ("instruct", SFT.replace("6", "12")),
+    (f"SFT{TWICE}", "demonstrations"): ("instruct", SFT.replace("6", "12")),
     ("ULMA", "instruct"): ("instruct", ULMA),
+    (f"ULMA{TWICE}", "instruct"): ("instruct", ULMA.replace("2", "4")),
     ("point-wise DPO", "instruct"): ("instruct", POINTWISE),
     ("ULMA", "SFT"): ("instruct", ULMA),
     ("point-wise DPO", "SFT"): ("instruct", POINTWISE),
@@ -230,9 +231,24 @@ def best_of(name, rows_name):
     return max(betas, key=lambda beta: found[beta]["validation exact"])
 
 
+def likelihoods():
+    """A table of the mean log π, in nats, of the thumbs-down of seed 0, before and after SFT."""
+    sources, lines = ("instruct", "SFT"), []
+    for name in sources:
+        args = options("--batch-size 32", model=start_of(name, 0))
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        model, line = load(args.model, args, tokenizer), [name]
+        for source in sources:
+            records = make_data.read(RUNS / f"rows/{source}, 0/train.jsonl")
+            rows = rows_of([each for each in records if each["label"] == 0], args, tokenizer)
+            line.append(f"{ulma.all_logps(model, rows, args, 'log π').mean().item():.1f}")
+        lines.append(line)
+    print_table("", ["log π by", *(f"thumbs-down of {name}" for name in sources)], lines)
+
+
 def picture(cells):
     """real-demonstrations.svg: right answers of both sorts of families, by method."""
-    figure, panel = panels(size=(7, 3.2))
+    figure, panel = panels(size=(7, 3.8))
     for shift, group in ((0.12, "demonstrated"), (-0.12, "undemonstrated")):
         found = [measured(cell, f"test exact/{group}") for cell in cells]
         places = [shift - i for i in range(len(cells))]
@@ -260,14 +276,17 @@ def real_demonstrations():
     perform([(*cell, beta, 0) for cell in ROWS for beta in betas_of(*cell)], "sweep")
     cells = [(*cell, best_of(*cell)) for cell in ROWS]
     perform([(*cell, seed) for cell in cells for seed in SEEDS], "seeds")
-    keys, lines = ["exact", "exact/demonstrated", "exact/undemonstrated"], []
+    rest, lines = ["KL", "tokens", "ended", "distinct"], []
     for cell in cells:
-        line = list(cell)
-        for key in keys:
-            values, base = (measured(each, f"test {key}") for each in (cell, sft))
-            line += [shown(values), shown([a - b for a, b in zip(values, base)])]
-        rest = ["KL", "tokens", "ended", "distinct"]
+        exact = measured(cell, "test exact")
+        line = [*cell, shown(exact)]
+        doubled = TWICE if cell[0].endswith(TWICE) or ROWS[cell[:2]][0] == "SFT" else ""
+        for name, rows in (("SFT", "demonstrations"), ("ULMA", "instruct")):
+            [base] = [measured(c, "test exact") for c in cells if c[:2] == (name + doubled, rows)]
+            line.append(shown([a - b for a, b in zip(exact, base)]))
+        line += [shown(measured(cell, f"test exact/{group}")) for group in FAMILIES]
         lines.append(line + [f"{ulma.mean(measured(cell, key)):.2f}" for key in rest])
-    header = [f"{key}{less}" for key in keys for less in ("", ", less SFT")]
-    print_table("", ["method", "rows", "β", *header, *rest], lines)
+    header = ["method", "rows", "β", "exact", "less SFT", "less ULMA, instruct", *FAMILIES, *rest]
+    print_table("Differences are from as many steps.\n", header, lines)
+    likelihoods()
     picture(cells)

@@ -208,7 +208,7 @@ def test_the_table_of_real_demonstrations_has_the_best_beta_and_differences_from
 ):
     question = "demonstrated", "gcd", "2, 4?", "2"
     fakes = {"RUNS": tmp_path, "questions": lambda seed: [[question]] * 3, "SEEDS": range(2)}
-    for name in ("make_base", "perform", "in_processes", "picture"):
+    for name in ("make_base", "perform", "in_processes", "likelihoods", "picture"):
         fakes[name] = lambda *given: None
     for name, fake in fakes.items():
         monkeypatch.setattr(demonstrations, name, fake)
