@@ -115,7 +115,7 @@ class Row:
 
 
 def collate(rows):
-    """A batch: input_ids and response_mask, (B, T), padded on the right; each row's numbers, (B,)."""
+    """A batch: input_ids and response_mask, (B, T), right-padded; each row's numbers, (B,)."""
     batch = {}
     for name in ("input_ids", "response_mask"):
         batch[name] = pad_sequence([getattr(row, name) for row in rows], batch_first=True)
