@@ -112,6 +112,7 @@ MISTAKES = [  # of an exercise: what to replace in the solutions, and by what
     (exercise_1, "-logsigmoid(-r)", "-(1 - r.sigmoid()).log()"),
     (exercise_1, "-logps, -log", "-beta * logps, -log"),
     (exercise_1, "r = beta * (logps - ref_logps + log_z)", "r = logps - ref_logps + log_z"),
+    (exercise_1, " + log_z)\n", ") + log_z\n"),
     (exercise_1, "(logps - ref_logps + log_z)\n", "(logps.detach() - ref_logps + log_z)\n"),
     (exercise_2, "0.238", "0.119"),  # β forgotten
     (exercise_3, "beta * log_z).sig", "log_z).sig"),
