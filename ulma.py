@@ -1,18 +1,21 @@
 """ULMA: Unified Language Model Alignment with Human Demonstration and Point-wise Preference.
 
-Cai et al., arXiv 2312.02554, in one file, to be read beside the paper: the first half follows it.
+A reference implementation of Cai et al., arXiv 2312.02554, in one file, to read beside the paper.
 
-    python ulma.py --method ulma        # on data/, offline, within a minute
-    python ulma.py --model Qwen/Qwen2.5-0.5B --data Anthropic/hh-rlhf --data-dir harmless-base
+    python ulma.py --method ulma                  # the example in data/, offline, half a minute
+    python ulma.py --model Qwen/Qwen2.5-0.5B --data ratings.jsonl --learning-rate 1e-5
 
-It departs from the paper in one thing: a constant, by default prior_log_z, stands for log Z(x).
-The authors' code takes 0 for it (--log-z 0), the mean over response tokens for log π (--average),
-and averages positives and negatives apart (--balanced).
+The first half is the paper: its losses, the log-probabilities that they need, training and
+evaluation. The second half reads data and runs the command line. For adapters, checkpoints and
+several GPUs there is data/trainer.py, which imports this file.
+
+There is one departure from the paper: nobody knows log Z(x), so a constant stands for it (see
+prior_log_z). The authors' code departs from the paper in three things, each a flag here: it takes
+the mean over a response's tokens instead of the sum (--average), it averages positive and negative
+responses separately (--balanced), and it sets log Z to 0 (--log-z 0).
 """
 # SPDX-License-Identifier: MIT
 
-import glob
-import hashlib
 import json
 import math
 import os
@@ -20,12 +23,9 @@ import random
 import re
 import sys
 import time
-from argparse import SUPPRESS
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import cache, partial
-from itertools import chain, takewhile
 from pathlib import Path
 from typing import Literal
 
@@ -33,22 +33,22 @@ import datasets
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, logging
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.hf_argparser import HfArgumentParser
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.optimization import get_cosine_schedule_with_warmup
 
 # ---- Losses ----
-# Per response, without reduction; copied elsewhere, they need torch alone. logps is log π_θ(y|x),
-# ref_logps log π_ref(y|x), both in nats, and labels z: of one shape, usually (B,).
+# Each function returns one loss for each response, not their mean. It needs torch alone, so copy
+# it to wherever you need it. logps is log π_θ(y|x) and ref_logps is log π_ref(y|x), in nats;
+# labels is z. All three have the same shape, usually (B,).
 
 
 def implicit_reward(logps, ref_logps, beta=0.1, log_z=0.0):
-    """r_θ(x,y) = β (log π_θ(y|x) − log π_ref(y|x) + log Z(x)).
+    """r_θ(x, y) = β (log π_θ(y|x) − log π_ref(y|x) + log Z(x)).
 
-    π_θ is optimal for it if log_z is log Z(x): a number, or a tensor with one per row.
+    If log_z is the true log Z(x), this is the reward for which π_θ is the best policy under the
+    KL penalty. log_z is a number, or a tensor with one value for each response.
     """
     return beta * (logps - ref_logps + log_z)
 
@@ -59,9 +59,10 @@ def sft_loss(logps):
 
 
 def pointwise_dpo_loss(logps, ref_logps, labels, beta=0.1, log_z=0.0, continuous=False):
-    """Point-wise DPO. Binary: −z log σ(r_θ) − (1−z) log(1 − σ(r_θ)). Continuous: (z − r_θ)².
+    """Point-wise DPO.
 
-    Labels are 0, 1, or a probability in between, of any type; in the continuous loss, any number.
+    Binary: −z log σ(r_θ) − (1 − z) log(1 − σ(r_θ)), for z from 0 to 1.
+    Continuous: (z − r_θ)², for any z.
     """
     reward = implicit_reward(logps, ref_logps, beta, log_z)
     z = labels.to(logps.dtype)
@@ -73,279 +74,70 @@ def pointwise_dpo_loss(logps, ref_logps, labels, beta=0.1, log_z=0.0, continuous
 def ulma_loss(logps, ref_logps, labels, beta=0.1, log_z=0.0, continuous=False):
     """ULMA: SFT where z = 1, point-wise DPO elsewhere.
 
-    Where z = 1 ref_logps is not used: any finite number will do, but NaN spoils the gradient.
+    Where z = 1 the value of ref_logps does not matter, but it has to be finite: NaN would spoil
+    the gradient.
     """
     preference = pointwise_dpo_loss(logps, ref_logps, labels, beta, log_z, continuous)
     return torch.where(labels == 1, sft_loss(logps), preference)
 
 
+def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=0.1):
+    """Pair-wise DPO (Rafailov et al. 2023): −log σ(r_θ(x, y_w) − r_θ(x, y_l)). log Z(x) cancels."""
+    chosen = implicit_reward(chosen_logps, ref_chosen_logps, beta)
+    rejected = implicit_reward(rejected_logps, ref_rejected_logps, beta)
+    return -F.logsigmoid(chosen - rejected)
+
+
 def prior_log_z(mean_label, beta=0.1, continuous=False):
     """A constant for the unknown log Z(x). It is not in the paper.
 
-    Before the first step π_θ = π_ref, so that r_θ = β log Z on every row. With this constant the
-    mean label is then predicted: by σ(r_θ), or by r_θ itself in the continuous loss.
+    Before the first step π_θ = π_ref, so every response has the reward β log Z. With this constant
+    that reward predicts the mean label: as σ(r_θ), or as r_θ itself in the continuous loss.
     """
     if continuous:
         return mean_label / beta
     return math.log(mean_label / (1 - mean_label)) / beta
 
 
-def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=0.1):
-    """Pair-wise DPO (Rafailov et al. 2023): −log σ(r_θ(x,y_w) − r_θ(x,y_l)). log Z(x) cancels."""
-    chosen = implicit_reward(chosen_logps, ref_chosen_logps, beta)
-    rejected = implicit_reward(rejected_logps, ref_rejected_logps, beta)
-    return -F.logsigmoid(chosen - rejected)
+# ---- Options ----
+HERE = Path(__file__).resolve().parent
+EXAMPLE = HERE / "data" / "base"  # a small language model, aligned within half a minute
 
 
-# ---- Log-probabilities ----
+def option(default, help):
+    return field(default=default, metadata={"help": help})
 
 
-@dataclass(eq=False)  # rows are told apart by identity
-class Row:
-    """One rated response."""
+@dataclass
+class Options:
+    """The command line. Functions below take it as `args`."""
 
-    prompt: str
-    input_ids: torch.Tensor  # (T,): the prompt, and the response with its end
-    response_mask: torch.Tensor  # (T,): True on the tokens that count in log π(y|x)
-    label: float  # z: 1 for a demonstration or thumbs-up, 0 for a thumbs-down, or a score
-    weight: float = 1.0  # multiplies the loss
-    answers: tuple = ()  # acceptable responses, for exact match
-    group: str = None  # exact match is also given by group
-    ref_logp: float = math.nan  # log π_ref(y|x), once it is known
-
-
-def collate(rows):
-    """A batch: input_ids and response_mask, (B, T), right-padded; each row's numbers, (B,)."""
-    batch = {}
-    for name in ("input_ids", "response_mask"):
-        batch[name] = pad_sequence([getattr(row, name) for row in rows], batch_first=True)
-    for name in ("label", "weight", "ref_logp"):
-        batch[name] = torch.tensor([getattr(row, name) for row in rows])
-    return batch
-
-
-def response_logps(model, input_ids, response_mask):
-    """log π(y|x) = Σ_t log π(y_t | x, y_<t) over each row's response tokens: (B,), float32, nats.
-
-    input_ids and response_mask are (B, T), padded on the right, where a causal model never looks.
-    The mask is True on what counts, the end of the response included, but not on a row's first
-    token, which nothing predicts; where all is False, the sum is 0. The model is any decoder-only
-    one of transformers: its own forward pass scales or caps the logits.
-    """
-    require(not isinstance(model, torch.nn.DataParallel), "several GPUs: start it with torchrun")
-    # The logits at t predict token t + 1. If the mask is on the CPU, nonzero() awaits no GPU.
-    predicted = response_mask[:, 1:].bool()
-    rows, positions = predicted.nonzero().to(input_ids.device, non_blocking=True).unbind(1)
-    # Logits take most of the memory, so the output head sees only the N positions that count.
-    head = getattr(model, "module", model).get_output_embeddings()  # a Trainer wraps .module
-    hook = head.register_forward_pre_hook(lambda _, args: args[0][rows, positions].unsqueeze(0))
-    try:
-        logits = model(input_ids=input_ids, use_cache=False).logits.squeeze(0)  # (N, vocabulary)
-    finally:
-        hook.remove()
-    targets = input_ids[rows, positions + 1]
-    token_logps = torch.zeros(predicted.shape, device=logits.device)
-    token_logps[rows, positions] = -F.cross_entropy(logits.float(), targets, reduction="none")
-    return token_logps.sum(1)
-
-
-def batch_logps(model, batch, args):
-    """log π_θ(y|x) of a batch's rows, from one forward pass: (B,), on the model's device."""
-    input_ids = batch["input_ids"].to(model.device, non_blocking=True)
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
-        logps = response_logps(model, input_ids, batch["response_mask"])
-    if args.average:  # the mean over response tokens, not the sum
-        logps = logps / batch["response_mask"].sum(1).to(logps.device, non_blocking=True)
-    return logps
-
-
-@torch.no_grad()
-def all_logps(model, rows, args, title):
-    """log π_θ(y|x) of all rows: (len(rows),), on the CPU."""
-    size, score = args.batch_size, lambda rows: batch_logps(model, collate(rows), args)
-    logps = torch.stack(map_batches(score, rows, size, title)).cpu()
-    require(logps.isfinite().all(), "log π(y|x) is not finite: --learning-rate, or the weights?")
-    return logps
-
-
-# ---- Training ----
-# An item has one loss: it is a tuple of one row, or in pair-wise DPO of two, chosen and rejected.
-
-
-def rows_of(items):
-    return [row for item in items for row in item]
-
-
-def chunks(items, size):
-    return [items[i : i + size] for i in range(0, len(items), size)]
-
-
-def mean(values):
-    return sum(values) / len(values) if values else None
-
-
-def bucketed_batches(items, batch_size, rng):
-    """Random batches of items of like length, which need little padding."""
-    batches = []
-    for window in chunks(rng.sample(items, len(items)), 50 * batch_size):
-        window.sort(key=lambda item: max(len(row.input_ids) for row in item))
-        batches += chunks(window, batch_size)
-    return rng.sample(batches, len(batches))
-
-
-def batch_losses(model, items, args):
-    """The loss of each item; r_θ (NaN if log π_ref is unknown) and the label of each row."""
-    batch = collate(rows_of(items))
-    logps = batch_logps(model, batch, args)
-    numbers = torch.stack([batch[name] for name in ("ref_logp", "label", "weight")])
-    ref_logps, labels, weights = numbers.to(logps.device, non_blocking=True)
-    rewards = implicit_reward(logps.detach(), ref_logps, args.beta, args.log_z)
-    if args.method == "dpo":  # chosen and rejected rows alternate
-        losses = dpo_loss(logps[::2], logps[1::2], ref_logps[::2], ref_logps[1::2], args.beta)
-        weights = (weights[::2] + weights[1::2]) / 2
-    elif args.method == "sft":
-        losses = sft_loss(logps)
-    else:
-        loss = ulma_loss if args.method == "ulma" else pointwise_dpo_loss
-        losses = loss(logps, ref_logps, labels, args.beta, args.log_z, args.continuous)
-    return weights * losses, rewards, labels
-
-
-def train(model, items, args, out, losses_of=batch_losses):
-    """Minimises the mean loss, going on from the last checkpoint in out. Returns figures.
-
-    Another losses_of, with the arguments and results of batch_losses, is another loss.
-    """
-    rng = random.Random(args.seed)
-    plan = []  # for each step, the batches whose gradients it accumulates
-    for _ in range(args.epochs):
-        plan += chunks(bucketed_batches(items, args.batch_size, rng), args.gradient_accumulation)
-    parameters = torch.nn.ParameterList(p for p in model.parameters() if p.requires_grad)
-    optimizer = torch.optim.AdamW(parameters, args.learning_rate, weight_decay=0.0, fused=True)
-    # The warm-up, a tenth of the steps, starts at 0, as a Trainer's does: step 1 is idle.
-    schedule = get_cosine_schedule_with_warmup(optimizer, len(plan) // 10, len(plan))
-    state = {"parameters": parameters, "optimizer": optimizer, "schedule": schedule}
-    done, digest = load_checkpoint(out, state, items)
-    samples, tokens, start = 0, 0, time.perf_counter()
-    logged, total, seen = done, 0.0, []  # the losses and the (r_θ, z) since step `logged`
-    for step, batches in enumerate(bar := tqdm(plan[done:], "training"), done + 1):
-        count = sum(map(len, batches))
-        for batch in batches:
-            losses, rewards, labels = losses_of(model, batch, args)
-            loss = losses.sum() / count
-            loss.backward()
-            total += loss.detach()
-            seen.append(torch.stack((rewards, labels)))
-            samples += len(rewards)
-            tokens += sum(len(row.input_ids) for row in rows_of(batch))
-        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        line = {"step": step, "learning_rate": schedule.get_last_lr()[0]}
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        saves = args.save_steps and (step % args.save_steps == 0 or step == len(plan))
-        if saves or step % 10 == 0 or step == len(plan):  # the loop waits for the GPU only here
-            rewards, labels = torch.cat(seen, 1).cpu()
-            known, positive = ~rewards.isnan(), labels > 0.5
-            line["loss"] = total.item() / (step - logged)
-            line["reward_positive"] = mean(rewards[known & positive].tolist())
-            line["reward_negative"] = mean(rewards[known & ~positive].tolist())
-            line["gradient_norm"] = norm.item()
-            line["tokens_per_second"] = tokens / (time.perf_counter() - start)
-            told = f"loss or gradient is not finite at step {step}; try a lower --learning-rate"
-            require(math.isfinite(line["loss"] + line["gradient_norm"]), told)
-            bar.set_postfix(loss=line["loss"])
-            write(out / "log.jsonl", [line], "a")
-            logged, total, seen = step, 0.0, []
-        if saves:
-            save_checkpoint(out, state, {"step": step, "rows": digest})
-    seconds = time.perf_counter() - start
-    return {"from_step": done, "samples": samples, "tokens": tokens, "seconds": seconds}
-
-
-# ---- Evaluation ----
-SAMPLES = 4  # responses per prompt, and prompts to show
-
-
-@torch.no_grad()
-def sample(model, tokenizer, rows, args):
-    """For each row SAMPLES times (response, tokens, has it ended?), from π_θ at temperature 1."""
-    # A sample ends with any token that ends a row. Of the model's own settings none is kept.
-    ends = {tokenizer.eos_token_id, *(row.input_ids[-1].item() for row in rows)}
-    settings = {"do_sample": True, "top_k": 0, "num_return_sequences": SAMPLES}
-    settings |= {"eos_token_id": sorted(ends), "max_new_tokens": args.max_new_tokens}
-    model.generation_config = GenerationConfig(**settings)
-
-    def respond(batch):
-        prompts = [row.input_ids[~row.response_mask].to(model.device) for row in batch]
-        ids = pad_sequence(prompts, batch_first=True, padding_value=-1, padding_side="left")
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
-            output = model.generate(ids.clamp(min=0), attention_mask=(ids >= 0).long())
-        drawn = []
-        for tokens in output[:, ids.shape[1] :].tolist():
-            response = list(takewhile(lambda token: token not in ends, tokens))
-            has_ended = len(response) < len(tokens)
-            drawn.append((tokenizer.decode(response).strip(), len(response), has_ended))
-        return chunks(drawn, SAMPLES)
-
-    torch.manual_seed(args.seed)
-    return map_batches(respond, rows, args.batch_size, "samples")
-
-
-def concordance(scores, labels):
-    """P(score_i > score_j | label_i > label_j), ties counting ½: for labels 0 and 1 the ROC AUC."""
-    wins, pairs = 0.0, 0
-    for score, label in zip(scores, labels):
-        gaps = score - scores[labels < label]
-        wins += (gaps.sign() + 1).sum().item() / 2
-        pairs += len(gaps)
-    return wins / pairs if pairs else None
-
-
-def evaluate(model, tokenizer, rows, args):
-    """Metrics, None where they are undefined, and samples, {prompt: responses}.
-
-    Perplexity is the demonstrations', exact match the share of samples among the prompt's answers.
-    """
-    logps = all_logps(model, rows, args, "log π")
-    numbers = [(row.ref_logp, row.label, row.response_mask.sum()) for row in rows]
-    ref_logps, labels, tokens = torch.tensor(numbers).unbind(1)
-    good, known = labels == 1, ~ref_logps.isnan()
-    nats = -(logps * tokens if args.average else logps)[good].sum() / tokens[good].sum()
-    metrics = {
-        "perplexity": math.exp(min(nats, 700)) if any(good) else None,
-        "reward_auc": concordance((logps - ref_logps)[known], labels[known]),  # as r_θ orders them
-    }
-    with_answers = list({row.prompt: row for row in rows if row.answers}.values())
-    asked = with_answers or list({row.prompt: row for row in rows}.values())[:SAMPLES]
-    texts, lengths, ended = zip(*chain(*sample(model, tokenizer, asked, args)))
-    metrics |= {"sample_length": mean(lengths), "sample_ended": mean(ended)}
-    metrics["sample_distinct"] = len(set(texts)) / len(texts)
-    responses = chunks(texts, SAMPLES)
-    hits = defaultdict(list, exact_match=[])
-    for row, texts in zip(with_answers, responses):
-        found = [text in row.answers for text in texts]
-        hits["exact_match"] += found
-        if row.group is not None:
-            hits[f"exact_match/{row.group}"] += found
-    metrics |= {name: mean(found) for name, found in hits.items()}
-    return metrics, {row.prompt: texts for row, texts in zip(asked, responses)}
-
-
-# ==== Here ends the paper. Below is what any such program needs ====
-
-
-def map_batches(function, rows, batch_size, title):
-    """The function's value for each row, from batches; the longest, which may not fit, first."""
-    values = {}
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].input_ids), reverse=True)
-    for batch in tqdm(chunks(order, batch_size), title):
-        values |= zip(batch, function([rows[i] for i in batch]))
-    return [values[i] for i in range(len(rows))]
+    method: Literal["ulma", "pointwise-dpo", "sft"] = "ulma"
+    model: str = option(str(EXAMPLE), "a folder or a hub name")
+    reference: str | None = option(None, "π_ref, if it is not --model")
+    data: str = option(str(HERE / "data"), "a file, a folder or a hub name")
+    data_dir: str | None = option(None, "a folder within --data")
+    train_split: str = "train"
+    test_split: str = option("test", "if there is none, a tenth of the prompts is held out")
+    output_dir: str | None = option(None, "by default a new folder in runs/")
+    beta: float | None = option(None, "β, the scale of the reward: 0.1, for the example 3")
+    log_z: float | None = option(None, "by default prior_log_z of the mean label")
+    continuous: bool = option(False, "the continuous losses; z is the score")
+    average: bool = option(False, "log π is the mean over the response's tokens, not the sum")
+    balanced: bool = option(False, "responses of label 1 weigh as much in total as all others")
+    learning_rate: float | None = option(None, "at its peak; for the example 3e-4")
+    epochs: int | None = option(None, "3, for the example 5")
+    batch_size: int = option(16, "rows in a forward pass")
+    gradient_accumulation: int = option(1, "forward passes in a step")
+    bf16: bool = torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)
+    max_length: int = option(512, "tokens; longer rows are left out")
+    max_new_tokens: int = option(64, "tokens of a sample")
+    seed: int = 0
+    eval_only: bool = False
 
 
 class Mistake(Exception):
-    """What the user can mend. main reports it in one line."""
+    """An error that the user can mend. It is printed in one line, without a traceback."""
 
 
 def require(condition, message):
@@ -353,426 +145,635 @@ def require(condition, message):
         raise Mistake(message)
 
 
+# ---- Log-probabilities ----
+
+
+@dataclass(eq=False)
+class Row:
+    """A prompt and one rated response."""
+
+    prompt: str
+    input_ids: torch.Tensor  # (T,): the tokens of the prompt, of the response and of its end
+    response_mask: torch.Tensor  # (T,): True on the tokens of the response and of its end
+    label: float  # z: 1 for a demonstration or a thumbs-up, 0 for a thumbs-down, or a score
+    weight: float = 1.0  # multiplies the loss
+    ref_logp: float = math.nan  # log π_ref(y|x), once set_reference has been called
+    answers: list = field(default_factory=list)  # acceptable responses, for exact match
+    group: str | None = None  # exact match is also given for each group
+    kind: str = ""  # plain text, or through the chat template
+
+
+def pad(tensors, side="right"):
+    """Sequences of different lengths as one tensor, filled up with 0: (B, T)."""
+    return pad_sequence(tensors, batch_first=True, padding_side=side)
+
+
+def response_logps(model, input_ids, response_mask):
+    """log π(y|x) = Σ_t log π(y_t | x, y_<t), over the response tokens of each row: (B,), in nats.
+
+    input_ids and response_mask have shape (B, T) and are padded on the right, where a causal model
+    never looks. The mask is True on the N tokens that count; it is False on the first token of a
+    row, which nothing predicts. The model is any decoder-only one of transformers.
+    """
+    lengths = response_mask.sum(1).tolist()  # N tokens in all, one row's after another's
+    row, position = response_mask.nonzero().to(input_ids.device, non_blocking=True).unbind(1)
+    with logits_only_at(model, row, position - 1):  # the logits at t − 1 predict the token at t
+        logits = model(input_ids=input_ids, use_cache=False).logits.squeeze(0)  # (N, vocabulary)
+    token_logps = -F.cross_entropy(logits, input_ids[row, position], reduction="none")  # (N,)
+    return torch.stack([of_row.sum() for of_row in token_logps.split(lengths)])
+
+
 @contextmanager
-def explain(context, kind=Exception):
-    """Turns an exception inside, mostly a library's, into a Mistake with a context."""
+def logits_only_at(model, row, position):
+    """Within it the model computes its logits only at N positions: (1, N, vocabulary).
+
+    The logits of all B × T positions would take most of the memory, and no loss reads them. The
+    output head works in float32: bfloat16 would round a logit of 20 to a multiple of 1/8.
+    """
+    head = getattr(model, "module", model).get_output_embeddings()  # DDP has the model in .module
+    forward = head.forward
+
+    def forward_there(hidden):  # (B, T, width)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return forward(hidden[row, position].unsqueeze(0).to(head.weight.dtype)).float()
+
+    head.forward = forward_there
     try:
         yield
-    except kind as error:
-        text = " ".join(str(error.__cause__ or error).split())  # datasets wraps what went wrong
-        raise Mistake(f"{context}: {text or type(error).__name__}") from None
+    finally:
+        head.forward = forward
 
 
-# ---- Data ----
+def row_logps(model, rows, args):
+    """log π_θ(y|x) of a batch of rows, from one forward pass: (B,), on the model's device."""
+    input_ids = pad([row.input_ids for row in rows]).to(model.device, non_blocking=True)
+    response_mask = pad([row.response_mask for row in rows])
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
+        logps = response_logps(model, input_ids, response_mask)
+    if args.average:
+        logps = logps / response_mask.sum(1).to(logps.device, non_blocking=True)
+    return logps
 
 
-def load_items(args, tokenizer):
-    """The items to train on (none with --eval-only) and to test on."""
-    with explain(f"--data {args.data}"):
-        splits = read_splits(args)
-    test = args.test_split
-    if test == "test" and test not in splits:
-        test = args.train_split if args.eval_only else None
-        print(f"none of {', '.join(splits)} is test: tested on {test or 'a tenth of the prompts'}")
-    items = [] if args.eval_only else read_split(splits, args.train_split, args, tokenizer)
-    if test is not None:
-        test_items = read_split(splits, test, args, tokenizer)
+@torch.no_grad()
+def all_logps(model, rows, args, title):
+    """log π_θ(y|x) of all rows, in their order: (len(rows),), on the CPU."""
+    logps = torch.empty(len(rows))
+    for indices in tqdm(longest_first(rows, args.batch_size), title):
+        logps[indices] = row_logps(model, [rows[i] for i in indices], args).cpu()
+    require(logps.isfinite().all(), "log π(y|x) is not finite: try a lower --learning-rate")
+    return logps
+
+
+def longest_first(rows, batch_size):
+    """Batches of indices. The longest rows come first: if memory is short, it is so at once."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].input_ids), reverse=True)
+    return chunks(order, batch_size)
+
+
+def chunks(values, size):
+    return [values[i : i + size] for i in range(0, len(values), size)]
+
+
+def mean(values):
+    return sum(values) / len(values) if values else None
+
+
+# ---- What a run needs before its first step: log π_ref, weights, log Z ----
+
+
+def set_reference(reference, rows, args):
+    """Stores log π_ref(y|x) in each row, so that training needs no second model in memory."""
+    ref_logps = all_logps(reference, rows, args, "log π_ref")
+    for row, ref_logp in zip(rows, ref_logps.tolist()):
+        row.ref_logp = ref_logp
+
+
+def balance(rows):
+    """Scales the weights so that rows of label 1 weigh as much in total as all others.
+
+    The authors' code does this within each batch.
+    """
+    total = sum(row.weight for row in rows)
+    positive = sum(row.weight for row in rows if row.label == 1)
+    require(0 < positive < total, "--balanced needs rows of label 1 and other rows")
+    for row in rows:
+        part = positive if row.label == 1 else total - positive
+        row.weight *= total / 2 / part
+
+
+def default_log_z(rows, args):
+    """prior_log_z of the weighted mean label, or 0 where the loss has no log Z."""
+    only_demonstrations = all(row.label == 1 for row in rows)
+    if args.method == "sft" or (args.method == "ulma" and only_demonstrations):
+        return 0.0
+    mean_label = sum(row.weight * row.label for row in rows) / sum(row.weight for row in rows)
+    possible = args.continuous or 0 < mean_label < 1
+    require(possible, f"the mean label is {mean_label:g}, which no log Z predicts: give --log-z")
+    return prior_log_z(mean_label, args.beta, args.continuous)
+
+
+def prepare(rows, args):
+    """Weights and log Z, before the first step."""
+    if args.balanced:
+        balance(rows)
+    if args.log_z is None:
+        args.log_z = default_log_z(rows, args)
+    print(f"{args.method}: β {args.beta:g}, β log Z {args.beta * args.log_z:.3g}, ", end="")
+    print(f"learning rate {args.learning_rate:g}, {args.epochs} epochs")
+
+
+# ---- Training ----
+
+
+def batch_losses(model, rows, args):
+    """The weighted loss and the reward of each row of a batch: (B,), (B,)."""
+    logps = row_logps(model, rows, args)
+    numbers = torch.tensor([(row.ref_logp, row.label, row.weight) for row in rows])
+    ref_logps, labels, weights = numbers.to(logps.device, non_blocking=True).unbind(1)
+    if args.method == "sft":
+        losses = sft_loss(logps)
     else:
-        prompts = sorted({item[0].prompt for item in items})
-        held_out = set(random.Random(args.seed).sample(prompts, math.ceil(len(prompts) / 10)))
-        test_items = [item for item in items if item[0].prompt in held_out]
-        items = [item for item in items if item[0].prompt not in held_out]
-    return items, test_items
+        loss = ulma_loss if args.method == "ulma" else pointwise_dpo_loss
+        losses = loss(logps, ref_logps, labels, args.beta, args.log_z, args.continuous)
+    rewards = implicit_reward(logps.detach(), ref_logps, args.beta, args.log_z)
+    return weights * losses, rewards
 
 
-def read_splits(args):
-    """{split: its records, read when iterated}, as the library datasets finds them."""
-    if not os.path.exists(args.data):  # on the hub
-        return datasets.load_dataset(args.data, data_dir=args.data_dir)
-    folder, file = os.path.abspath(args.data), None
-    if os.path.isfile(folder):
-        folder, file = os.path.dirname(folder), glob.escape(folder)
-    require(file or glob.escape(folder) == folder, "its brackets would be taken for a pattern")
-    builder = datasets.load_dataset_builder(folder, data_dir=args.data_dir, data_files=file)
-    config, files = builder.config, builder.config.data_files
-    config.engine, config.keep_default_na, config.na_values = "python", False, [""]  # strict CSV
+def train(model, rows, args, out, losses_of=batch_losses):
+    """Minimises the mean loss of the rows, and adds a line to out/log.jsonl every ten steps.
 
-    def read(name):
-        config.data_files = datasets.data_files.DataFilesDict({name: files[name]})
-        builder.info.features = None  # splits may differ in their columns
-        yield from builder.as_streaming_dataset(name)
-
-    return {str(name): read(name) for name in files}
-
-
-def read_split(splits, name, args, tokenizer):
-    """The items of a split. Prints what is left out of it."""
-    names, place = ", ".join(splits), f"--data {args.data}: {name}"
-    require(name in splits, f"{place}: its splits are {names}; see --train-split, --test-split")
-    with explain(f"{place} is empty or unreadable (rows count from 0)"):
-        records = splits[name] = list(splits[name])  # for a split may be read twice
-    items, unread = [], {}
-    for number, record in enumerate(tqdm(records, f"{name} rows"), 1):
-        record = {key: value for key, value in record.items() if value is not None}
-        with explain(f"{place} row {number}", Mistake):
-            items += read_record(record, args, tokenizer)
-        unread |= record
-    kept = [item for item in items if max(len(row.input_ids) for row in item) <= args.max_length]
-    require(kept, f"{place} has no row, or none within --max-length")
-    left = f"{len(items) - len(kept)} over --max-length, columns {', '.join(unread) or '(none)'}"
-    print(f"{place}: {len(kept)} rows or pairs; left out: {left}")
-    return kept
-
-
-def read_record(record, args, tokenizer):
-    """A record's items: a rated response, or a pair. What is read is taken out."""
-    told = f"it has {', '.join(record)}; needed, not empty: prompt, completion, label, or a pair"
-    require("__index_level_0__" not in record, "it has more fields than the header")
-    prompt, group = record.pop("prompt", None), record.pop("group", None)
-    answers, weight = record.pop("answers", []), record.pop("weight", 1.0)
-    are_texts = isinstance(answers, list) and all(isinstance(text, str) for text in answers)
-    require(are_texts, f"answers is {answers!r}, not a list of texts")
-    require(isinstance(weight, (int, float)) and 0 <= weight < math.inf, f"weight is {weight!r}")
-    if "chosen" in record and "rejected" in record:
-        rated = [(record.pop("chosen"), 1), (record.pop("rejected"), 0)]
-    else:
-        rating = "score" if args.continuous and "score" in record else "label"
-        require(record.get("completion") and rating in record, told)
-        rated = [(record.pop("completion"), record.pop(rating))]
-    rows = []
-    for response, z in rated:
-        is_score = args.continuous and isinstance(z, float) and 0 < z < 1
-        require(z in (0, 1) or is_score, f"the label is {z!r}, not 0 or 1 (--continuous: between)")
-        start, opening, before, answer = render(prompt, response, tokenizer)
-        ids, mask = encode(start, opening, before + answer, tokenizer)
-        texts = [tokenizer(before + text, add_special_tokens=False).input_ids for text in answers]
-        texts = [tokenizer.decode(tokens).strip() for tokens in texts]  # as samples are decoded
-        rows.append(Row(opening, ids, mask, float(z), float(weight), texts, group))
-    if len({row.prompt for row in rows}) > 1:  # log Z(x) would not cancel
-        return [(row,) for row in rows]
-    return [tuple(rows)]
-
-
-def messages_of(value, role):
-    """A text, or messages, as messages of a role and a content alone."""
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    with explain("no messages"):
-        messages = [{key: m[key] for key in m if m[key] is not None} for m in value]
-    types = [{key: type(text) for key, text in message.items()} for message in messages]
-    are_plain = types and all(kinds == {"role": str, "content": str} for kinds in types)
-    require(are_plain, f"{value!r:.90}: not messages of a role and a content, both texts")
-    return messages
-
-
-def render(prompt, response, tokenizer):
-    """(start tokens, prompt, what the template writes before the answer, the answer and its end)"""
-    start, special = special_tokens(tokenizer)
-    if not isinstance(prompt, list) and not isinstance(response, list):
-        require(isinstance(response, str), f"{response!r} was read, not a text")
-        if prompt is None:  # a transcript, as in HH-RLHF
-            before, turn, response = response.rpartition("\n\nAssistant:")
-            prompt = before + turn
-        require(isinstance(prompt, str) and prompt, f"no prompt, or no text: {prompt!r}")
-        require(" " not in prompt or not response.startswith(prompt), "it repeats the prompt")
-        return start, prompt, "", response.removesuffix(tokenizer.eos_token) + tokenizer.eos_token
-    prompt = messages_of(prompt, "user") if prompt else []
-    messages = messages_of(response, "assistant")
-    if len(messages) == 1:
-        messages = prompt + messages
-    *asked, last = messages
-    require(prompt in ([], asked[-len(prompt) :]), "the conversation does not hold the prompt")
-    is_answer = asked and asked[-1]["role"] != last["role"] == "assistant"
-    require(is_answer, "it does not end with one answer of the assistant")
-    apply = partial(tokenizer.apply_chat_template, tokenize=False)
-    mark = "\ue000"  # in place of the answer, to find what the template writes after it
-    with explain("the chat template"):
-        opening, whole = apply(asked, add_generation_prompt=True), apply(messages)
-        after = apply([*asked, {**last, "content": mark}]).rpartition(mark)[2]
-    contents = [message["content"].strip() for message in messages]
-    for text in filter(None, contents):
-        complete = whole.count(text) >= sum(content.count(text) for content in contents)
-        require(complete, f"the template leaves out or changes {text[:60]!r}")
-    require(whole.startswith(opening), f"the template's {opening[-40:]!r} is not before the answer")
-    response = whole[len(opening) :].removesuffix(after)
-    before = response.rstrip().removesuffix(contents[-1])
-    require(before + contents[-1] == response.rstrip(), "the template changes the answer")
-    end = special.search(after)
-    end = after[: end.end()] if end else tokenizer.eos_token
-    return [], opening, before, response[len(before) :] + end
-
-
-@cache
-def special_tokens(tokenizer):
-    """The tokens that begin a text, and a pattern of all special ones."""
-    ids, [first, *_] = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
-    names = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    pattern = "|".join(map(re.escape, names | {tokenizer.eos_token}))
-    return ids[: ids.index(first)], re.compile(pattern)
-
-
-def encode(start, opening, response, tokenizer):
-    """input_ids and response_mask. A token that spans the boundary belongs to the response."""
-    with explain("the tokenizer"):
-        texts = tokenizer([opening, opening + response], add_special_tokens=False).input_ids
-    before, ids = (ids if ids[: len(start)] == start else start + ids for ids in texts)
-    length = len(os.path.commonprefix([before, ids]))
-    require(length, f"the prompt {opening[:60]!r} has no token of its own")
-    unknown = {tokenizer.unk_token_id} - {tokenizer.eos_token_id}
-    require(unknown.isdisjoint(ids), "the tokenizer does not know all of it")
-    return torch.tensor(ids), torch.arange(len(ids)) >= length
-
-
-def training_items(items, method):
-    """For sft rows of label 1; for dpo the pairs, else pairs of rows of one prompt; else rows."""
-    rows, pairs = rows_of(items), [item for item in items if len(item) == 2]
-    good = [row for row in rows if row.label == 1]
-    if method != "dpo":
-        return [(row,) for row in (good if method == "sft" else rows)]
-    bad = [row for row in rows if row.label != 1]
-    return pairs or [(one, other) for one in good for other in bad if one.prompt == other.prompt]
-
-
-# ---- Models and checkpoints ----
-
-
-def load_model(name, args, tokenizer):
-    """The model, ready for training, in evaluation mode: without noise π_θ starts at π_ref."""
-    with explain(f"the model {name}"):
-        model = read_model(name)
-        vocabulary = AutoTokenizer.from_pretrained(name).get_vocab()
-        require(vocabulary == tokenizer.get_vocab(), "its tokenizer is not that of --model")
-        most = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
-        require(args.max_length + args.max_new_tokens <= most, f"it takes {most} tokens in all")
-    model = add_lora(model, args) if args.lora else model
-    for parameter in model.parameters():
-        if args.bf16 and not parameter.requires_grad:  # what is trained stays float32
-            parameter.data = parameter.data.bfloat16()
-    for block in model.modules():  # by hand, as that of transformers needs training mode
-        if args.gradient_checkpointing and isinstance(block, GradientCheckpointingLayer):
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    return model.eval().to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-
-
-def read_model(name):
-    """The model as it is stored, in float32, from safetensors alone."""
-    config = AutoConfig.from_pretrained(name)
-    require(not hasattr(config, "quantization_config"), "quantised weights cannot be trained")
-    require(getattr(config, "is_decoder", True), "it is no decoder-only model")
-    model, loading = AutoModelForCausalLM.from_pretrained(
-        name, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+    To train with a loss of your own, pass a function with batch_losses's arguments and results.
+    """
+    rng = random.Random(args.seed)
+    steps = []  # a step is a list of batches, whose gradients add up; a batch is a list of rows
+    for _ in range(args.epochs):
+        batches = batches_of_like_length(rows, args.batch_size, rng)
+        steps += chunks(batches, args.gradient_accumulation)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), args.learning_rate, weight_decay=0.0, fused=True
     )
-    for kind in ("missing_keys", "unexpected_keys"):
-        require(not loading[kind], f"{kind} among its weights: {sorted(loading[kind])[:3]}")
-    own, stored = type(model).__name__, config.architectures
-    require(own in (stored or [own]), f"of a {stored} only the {own} would be read")
-    return model
+    # The rate rises from 0 over a tenth of the steps (so step 1 changes nothing), then falls to 0.
+    schedule = get_cosine_schedule_with_warmup(optimizer, len(steps) // 10, len(steps))
+    losses, rewards, labels = [], [], []  # of the rows since the last line of the log
+    progress = tqdm(steps, "training")
+    for step, batches in enumerate(progress, 1):
+        count = sum(len(batch) for batch in batches)
+        for batch in batches:
+            batch_loss, batch_rewards = losses_of(model, batch, args)
+            (batch_loss.sum() / count).backward()
+            losses.append(batch_loss.detach())
+            rewards.append(batch_rewards)
+            labels += [row.label for row in batch]
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        learning_rate = schedule.get_last_lr()[0]
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 10 == 0 or step == len(steps):  # reading a value makes the CPU wait for the GPU
+            line = {"step": step, "learning_rate": learning_rate, "gradient_norm": norm.item()}
+            line |= log_line(torch.cat(losses).cpu(), torch.cat(rewards).cpu(), labels)
+            finite = math.isfinite(line["loss"]) and math.isfinite(line["gradient_norm"])
+            require(finite, f"step {step}: the loss is not finite: try a lower --learning-rate")
+            write(out / "log.jsonl", [line], "a")
+            progress.set_postfix(loss=line["loss"])
+            losses, rewards, labels = [], [], []
 
 
-def add_lora(model, args):
-    """The model, frozen, with new adapters that are trained."""
-    with explain("--lora"):
-        from peft import LoraConfig, PeftModelForCausalLM
-
-        torch.manual_seed(args.seed)
-        config = LoraConfig(r=args.lora, lora_alpha=2 * args.lora, target_modules="all-linear")
-        return PeftModelForCausalLM(model, config)
-
-
-def save_model(model, tokenizer, args, out):
-    """Writes the stored model in float32, with the trained weights put or merged in."""
-    trained = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
-    stored = read_model(args.model)
-    stored = add_lora(stored, args) if args.lora else stored
-    keys = stored.load_state_dict(trained, strict=False)
-    assert not keys.unexpected_keys, keys
-    if args.lora:
-        stored = stored.merge_and_unload()
-    with explain(f"{out}: make room, then give the same command again"):
-        stored.save_pretrained(out)
-        tokenizer.save_pretrained(out)
+def log_line(losses, rewards, labels):
+    """The mean loss, and the mean reward of rows with high and with low labels."""
+    positive = torch.tensor(labels) > 0.5
+    return {
+        "loss": losses.mean().item(),
+        "reward_positive": mean(rewards[positive].tolist()),
+        "reward_negative": mean(rewards[~positive].tolist()),
+    }
 
 
-def write(path, values, mode="w"):
-    """Writes values as lines of JSON."""
-    with explain(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open(mode) as file:
-            file.writelines(json.dumps(value) + "\n" for value in values)
+def batches_of_like_length(rows, batch_size, rng):
+    """Batches of rows of similar length, which need little padding, in random order.
+
+    Lengths are blurred before they are sorted, so that every epoch has other batches. A last,
+    smaller batch is drawn at random, for its rows weigh more than others.
+    """
+    rows = rng.sample(rows, len(rows))
+    whole = len(rows) - len(rows) % batch_size
+    by_length = sorted(rows[:whole], key=lambda row: len(row.input_ids) * rng.uniform(0.9, 1.1))
+    batches = chunks(by_length, batch_size) + chunks(rows[whole:], batch_size)
+    return rng.sample(batches, len(batches))
 
 
-def save_checkpoint(out, state, figures):
-    """Writes out/checkpoint.pt; until it is whole, the previous one stays."""
-    part = out / "checkpoint.part"
-    with explain(f"{part}: make room, then give the same command again"):
-        torch.save({name: x.state_dict() for name, x in state.items()} | figures, part)
-        part.replace(out / "checkpoint.pt")
-
-
-def load_checkpoint(out, state, items):
-    """Restores the last checkpoint, if any. Returns the steps done and a digest of the rows."""
-    digest, path = hashlib.sha256(), out / "checkpoint.pt"
-    for row in rows_of(items):
-        values = row.input_ids.tolist(), row.response_mask.tolist(), row.label, row.weight
-        digest.update(repr(values).encode())
-    if not path.exists():
-        (out / "log.jsonl").unlink(missing_ok=True)
-        return 0, digest.hexdigest()
-    with explain(f"{path} cannot be used; delete it to begin anew"):
-        saved = torch.load(path, weights_only=True)
-        require(saved["rows"] == digest.hexdigest(), "it is of other rows")
-        for name, part in state.items():
-            part.load_state_dict(saved[name])
-    return saved["step"], saved["rows"]
-
-
-# ---- Command line ----
-HERE = Path(__file__).resolve().parent
-
-
-def arg(default, help):
-    return field(default=default, metadata={"help": help})
+# ---- Evaluation ----
+SAMPLES = 4  # for each prompt
 
 
 @dataclass
-class Options:
-    method: Literal["ulma", "pointwise-dpo", "sft", "dpo"] = "ulma"
-    model: str = arg(str(HERE / "data/base"), "a folder or a hub name")
-    reference: str = arg(None, "π_ref, if not --model")
-    data: str = arg(str(HERE / "data"), "a file, a folder or a hub name")
-    data_dir: str = arg(None, "the folder within --data")
-    train_split: str = "train"
-    test_split: str = arg("test", "to test on, or else a tenth of the prompts")
-    output_dir: str = arg(None, "by default a new folder in runs/")
-    beta: float = arg(None, "β, of the KL regulariser: 0.1, on data/ 3")
-    log_z: float = arg(None, "by default prior_log_z(mean label)")
-    continuous: bool = arg(False, "squared errors; z is the score, if any")
-    average: bool = arg(False, "log π is the mean over tokens, not the sum")
-    balanced: bool = arg(False, "label 1 weighs as much as the rest")
-    learning_rate: float = arg(None, "at its peak: 1e-5, on data/ 3e-4")
-    epochs: int = arg(None, "3, on data/ 5")
-    batch_size: int = arg(16, "rows or pairs per forward pass")
-    gradient_accumulation: int = arg(1, "forward passes per step")
-    gradient_checkpointing: bool = arg(False, "less memory, a third more work")
-    bf16: bool = torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)  # not emulated
-    lora: int = arg(0, "rank of adapters; 0: all weights")
-    max_length: int = arg(512, "tokens; longer rows are left out")
-    max_new_tokens: int = arg(64, "tokens per sample")
-    seed: int = 0
-    save_steps: int = arg(0, "steps between checkpoints, if any")
-    eval_only: bool = False
+class Sample:
+    text: str
+    length: int  # in tokens, without the end
+    ended: bool  # False if it was cut off at --max-new-tokens
 
 
-def read_options(argv):
-    parser = HfArgumentParser(Options, prog="ulma.py", usage=SUPPRESS)
-    args = Options(**vars(parser.parse_args(argv)))
-    is_ours = Path(args.data).resolve().is_relative_to(HERE / "data")  # then the best of a sweep
-    for name, best, paper in ("beta", 3.0, 0.1), ("learning_rate", 3e-4, 1e-5), ("epochs", 5, 3):
+def evaluate(model, tokenizer, rows, args):
+    """Metrics, None where they are undefined, and {prompt: texts of its samples}.
+
+    Samples are drawn for the prompts that have acceptable answers or, if none has, for a few.
+    sample_distinct is the share of different texts among all samples.
+    """
+    logps = all_logps(model, rows, args, "log π")
+    ref_logps = torch.tensor([row.ref_logp for row in rows])
+    labels = torch.tensor([row.label for row in rows])
+    asked = list({row.prompt: row for row in rows if row.answers}.values())
+    samples = sample(model, tokenizer, asked or rows[:SAMPLES], args)
+    drawn = [one for samples_of_row in samples for one in samples_of_row]
+    metrics = {
+        "perplexity": perplexity(logps, labels, rows, args),
+        "reward_auc": concordance(logps - ref_logps, labels),  # rewards have the same order
+        "sample_length": mean([one.length for one in drawn]),
+        "sample_ended": mean([one.ended for one in drawn]),
+        "sample_distinct": len({one.text for one in drawn}) / len(drawn),
+    }
+    hits = defaultdict(list)
+    for row, samples_of_row in zip(asked, samples):
+        matches = [one.ended and one.text in row.answers for one in samples_of_row]
+        hits["exact_match"] += matches
+        if row.group is not None:
+            hits[f"exact_match/{row.group}"] += matches
+    metrics |= {name: mean(matches) for name, matches in hits.items()}
+    texts = [[one.text for one in samples_of_row] for samples_of_row in samples]
+    return metrics, {row.prompt: some for row, some in zip(asked or rows, texts)}
+
+
+def perplexity(logps, labels, rows, args):
+    """exp of the mean −log π of a token, over the responses of label 1."""
+    lengths = torch.tensor([row.response_mask.sum() for row in rows])
+    nats = -logps * lengths if args.average else -logps
+    good = labels == 1
+    if not good.any():
+        return None
+    return (nats[good].sum() / lengths[good].sum()).double().exp().item()
+
+
+def concordance(scores, labels):
+    """P(score_i > score_j | label_i > label_j), ties counting ½; for labels 0 and 1 the ROC AUC."""
+    wins, pairs = 0.0, 0
+    for score, label in zip(scores, labels):
+        lower = scores[labels < label]
+        wins += (score > lower).sum().item() + (score == lower).sum().item() / 2
+        pairs += len(lower)
+    return wins / pairs if pairs and scores.isfinite().all() else None
+
+
+@torch.no_grad()
+def sample(model, tokenizer, rows, args):
+    """For each row a list of SAMPLES responses to its prompt, from π_θ at temperature 1."""
+    torch.manual_seed(args.seed)
+    ends = {tokenizer.eos_token_id} | {row.input_ids[-1].item() for row in rows}
+    stored = model.generation_config  # its temperature or top_p would change π_θ
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        top_k=0,
+        num_return_sequences=SAMPLES,
+        max_new_tokens=args.max_new_tokens,
+        eos_token_id=sorted(ends),
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    samples = [[] for _ in rows]
+    for indices in tqdm(longest_first(rows, args.batch_size), "samples"):
+        prompts = [rows[i].input_ids[~rows[i].response_mask] for i in indices]
+        input_ids = pad(prompts, "left").to(model.device)
+        attention_mask = pad([torch.ones_like(prompt) for prompt in prompts], "left")
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
+            output = model.generate(input_ids, attention_mask=attention_mask.to(model.device))
+        for n, tokens in enumerate(output[:, input_ids.shape[1] :].tolist()):
+            length = 0
+            while length < len(tokens) and tokens[length] not in ends:
+                length += 1
+            text = tokenizer.decode(tokens[:length]).strip()
+            samples[indices[n // SAMPLES]].append(Sample(text, length, length < len(tokens)))
+    model.generation_config = stored
+    return samples
+
+
+# ==== Here ends the paper. Below, data is read, and the command line calls what stands above ====
+
+
+# ---- Data ----
+# A record is what stands in a line of the user's data: a rated response, or a pair of responses.
+ROLES = ("system", "developer", "user", "assistant", "tool")
+MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']""")
+
+
+def load_rows(args, tokenizer):
+    """Rows to train on, none with --eval-only, and rows to test on."""
+    splits = find_splits(args)
+    has_test = args.test_split in splits or args.test_split != "test"
+    rows = []
+    if not (args.eval_only and has_test):
+        rows = read_split(splits, args.train_split, args, tokenizer)
+    if has_test:
+        return rows, read_split(splits, args.test_split, args, tokenizer)
+    prompts = sorted({row.prompt for row in rows})
+    held_out = set(random.Random(args.seed).sample(prompts, math.ceil(len(prompts) / 10)))
+    print(f"there is no test split, so {len(held_out)} of {len(prompts)} prompts are held out")
+    test_rows = [row for row in rows if row.prompt in held_out]
+    rows = [row for row in rows if row.prompt not in held_out]
+    require(rows, f"{args.data} has no test split, and only one prompt")
+    return [] if args.eval_only else rows, test_rows
+
+
+def find_splits(args):
+    """{name: records} for each split. JSON lines are read as they stand, all else by datasets."""
+    path = Path(args.data, args.data_dir or "")
+    if path.suffix == ".jsonl":
+        return {args.test_split if args.eval_only else args.train_split: json_lines([path])}
+    files = defaultdict(list)
+    for file in sorted(path.glob("*.jsonl")):
+        name = re.sub(r"[-_]?\d+(-of-\d+)?$", "", file.stem)  # train-00000-of-00002 is of train
+        files[name].append(file)
+    if files:
+        return {name: json_lines(parts) for name, parts in files.items()}
+    folder, file = (path.parent, path.name) if path.is_file() else (args.data, None)
+    splits = datasets.load_dataset(str(folder), data_dir=args.data_dir, data_files=file)
+    for split in splits.values():
+        label = split.features.get("label")
+        is_class = isinstance(label, datasets.ClassLabel)  # whose numbers follow the alphabet
+        require(not is_class, f"the label of {args.data} is a {label}: write the numbers 0 and 1")
+        is_csv = split.info.builder_name == "csv"
+        require(not is_csv, f"{args.data}: CSV loses texts such as NA, so write JSON lines")
+    return splits
+
+
+def json_lines(files):
+    """The records in files of JSON lines."""
+    for file in files:
+        number = 0
+        try:
+            with file.open(encoding="utf-8-sig") as lines:
+                for number, line in enumerate(lines, 1):  # noqa: B007
+                    if line.strip():
+                        yield json.loads(line)
+        except ValueError as error:  # neither JSON nor UTF-8
+            raise Mistake(f"{file}, line {number} or the next: {error}") from None
+
+
+def read_split(splits, name, args, tokenizer):
+    """The rows of a split. Prints what was left out, and the first row as the model sees it."""
+    place = f"{args.data}, {name}"
+    require(name in splits, f"{place}: there is no such split, only {', '.join(splits)}")
+    rows, too_long, unread = [], 0, set()
+    for number, record in enumerate(tqdm(splits[name], f"{name} rows"), 1):
+        try:
+            found, other_columns = read_record(record, args, tokenizer)
+        except Mistake as mistake:
+            raise Mistake(f"{place}, row {number}: {mistake}") from None
+        unread |= other_columns
+        for row in found:
+            if len(row.input_ids) <= args.max_length:
+                rows.append(row)
+            else:
+                too_long += 1
+    require(rows, f"{place}: there is no row, or none within --max-length {args.max_length}")
+    positive, kind = sum(row.label == 1 for row in rows), rows[0].kind
+    ids, mask = rows[0].input_ids, rows[0].response_mask
+    print(f"{name}: {len(rows)} rows, {positive} with label 1; {too_long} too long, left out")
+    print(f"  columns not read: {', '.join(sorted(unread)) or 'none'}; the first row, {kind}:")
+    print(f"  prompt   {tokenizer.decode(ids[~mask])!r}")
+    print(f"  response {tokenizer.decode(ids[mask])!r}")
+    return rows
+
+
+def read_record(record, args, tokenizer):
+    """The row of a record, or the two rows of a pair; and the columns that were not read."""
+    require(isinstance(record, dict), "it is no object with columns")
+    rest = {name: value for name, value in record.items() if value is not None}
+    prompt, completion = rest.pop("prompt", None), rest.pop("completion", None)
+    chosen, rejected = rest.pop("chosen", None), rest.pop("rejected", None)
+    answers, group = rest.pop("answers", []), rest.pop("group", None)
+    weight = rest.pop("weight", 1.0)
+    if chosen or rejected:
+        require(not completion, "it has a completion and a pair as well")
+        rated = [(chosen, 1), (rejected, 0)]
+    else:
+        label = "score" if args.continuous and "score" in rest else "label"
+        rated = [(completion, rest.pop(label, None))]
+    is_weight = isinstance(weight, int | float) and 0 <= weight < math.inf
+    require(is_weight, f"its weight is {weight!r}, not a number from 0 on")
+    require(isinstance(answers, list), f"its answers are {answers!r}, not a list of texts")
+    rows = []
+    for response, z in rated:
+        is_score = args.continuous and isinstance(z, float) and 0 < z < 1
+        told = f"its label is {z!r}: use 0 or 1, with --continuous from 0 to 1, a demonstration"
+        require(z in (0, 1) or is_score, told)
+        row = read_row(prompt, response, answers, tokenizer)
+        row.label, row.weight, row.group = float(z), float(weight), group
+        rows.append(row)
+    return rows, set(rest)
+
+
+def read_row(prompt, response, answers, tokenizer):
+    """A row, still without its label."""
+    for value in (prompt, response):
+        as_text = isinstance(value, str) and MESSAGES_AS_TEXT.match(value)
+        require(not as_text, f"it has a list of messages, written as a text: {value!r:.80}")
+    is_chat = isinstance(prompt, list) or isinstance(response, list)
+    read = read_chat if is_chat else read_text
+    prompt_text, opening, answer = read(prompt, response, tokenizer)
+    # A chat template writes what begins a text, such as <bos>, itself; else the tokenizer does.
+    prompt_ids = tokenizer(prompt_text, add_special_tokens=not is_chat).input_ids
+    ids = tokenizer(prompt_text + opening + answer, add_special_tokens=not is_chat).input_ids
+    if not is_chat and ids[-1] != tokenizer.eos_token_id:
+        ids.append(tokenizer.eos_token_id)
+    # A token that spans the boundary between prompt and response belongs to the response.
+    start = len(os.path.commonprefix([prompt_ids, ids]))
+    require(start > 0, f"its prompt {prompt_text[:60]!r} has no token of its own")
+    row = Row(prompt_text, torch.tensor(ids), torch.arange(len(ids)) >= start, math.nan)
+    row.kind = "through the chat template" if is_chat else "plain text"
+    for text in answers:  # as samples are: tokens that have been decoded
+        answer_ids = tokenizer(opening + text, add_special_tokens=False).input_ids
+        row.answers.append(tokenizer.decode(answer_ids).strip())
+    return row
+
+
+def read_text(prompt, response, tokenizer):
+    """Plain text is taken as it stands: the prompt, nothing, the response."""
+    require(isinstance(response, str), f"its response is {response!r}, not a text")
+    if prompt is None:  # a transcript, as in HH-RLHF: its last turn is the response
+        before, turn, response = response.rpartition("\n\nAssistant:")
+        prompt = before + turn
+    require(isinstance(prompt, str) and prompt, f"its prompt is {prompt!r}, not a text")
+    if response.rstrip().endswith(tokenizer.eos_token):
+        response = response.rstrip().removesuffix(tokenizer.eos_token)
+    require(response.strip(), "its response is empty")
+    return prompt, "", response
+
+
+def read_chat(prompt, response, tokenizer):
+    """The prompt, what the chat template writes before the answer, the answer with its end."""
+    messages = as_messages(response, "assistant")
+    asked = as_messages(prompt or [], "user")
+    if len(messages) == 1:
+        messages = asked + messages
+    require(all(m in messages for m in asked), "its conversation does not hold its prompt")
+    *asked, last = messages
+    is_answer = asked and asked[-1]["role"] != "assistant" and last["role"] == "assistant"
+    require(is_answer, "it does not end with one answer of the assistant")
+    answer = last["content"].strip()
+    require(answer, "its response is empty")
+    try:
+        opened = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception as error:  # a template is a program of the model's, and may raise anything
+        raise Mistake(f"the chat template: {error}") from None
+    require(whole.startswith(opened), f"the template's {opened[-40:]!r} is not before the answer")
+    contents = [message["content"].strip() for message in messages]
+    for text in filter(None, contents):
+        times = sum(content.count(text) for content in contents)
+        require(whole.count(text) >= times, f"the template leaves out or changes {text[:60]!r}")
+    opening, _, after = whole.removeprefix(opened).rpartition(answer)
+    end = re.match(r"\s*\S+", after)  # such as <|im_end|>
+    return opened, opening, answer + (end[0] if end else tokenizer.eos_token)
+
+
+def as_messages(value, role):
+    """A text, or a list of messages, as messages of a role and a content."""
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    messages = []
+    for message in value:
+        given = {key: part for key, part in message.items() if part not in (None, "", [], {})}
+        plain = {"role": given.pop("role", None), "content": given.pop("content", "")}
+        is_plain = not given and plain["role"] in ROLES and isinstance(plain["content"], str)
+        require(is_plain, f"a message has a role of {ROLES} and a text, no more: {message}")
+        messages.append(plain)
+    return messages
+
+
+# ---- Command line ----
+
+
+def read_options(argv=None):
+    """The options of a command line. Some defaults follow the model."""
+    parser = HfArgumentParser(Options, prog="ulma.py")
+    [args] = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    is_example = Path(args.model).resolve() == EXAMPLE
+    known = is_example or args.learning_rate or args.eval_only
+    require(known, "--learning-rate is needed: try 1e-5 for 7B parameters, 1e-4 for 135M")
+    defaults = (3.0, 3e-4, 5) if is_example else (0.1, 1e-5, 3)
+    for name, default in zip(("beta", "learning_rate", "epochs"), defaults):
         if getattr(args, name) is None:
-            setattr(args, name, best if is_ours else paper)
-    names = "beta learning_rate epochs batch_size gradient_accumulation max_length max_new_tokens"
-    for name in names.split():
-        require(0 < getattr(args, name) < math.inf, f"--{name.replace('_', '-')} must be over 0")
-    require(math.isfinite(args.log_z or 0), "--log-z must be finite")
-    require(os.environ.get("WORLD_SIZE", "1") == "1", "several processes: the Trainer in README")
-    require(args.output_dir or not args.save_steps, "--save-steps needs --output-dir")
-    if args.method in ("sft", "dpo"):
-        require(not args.balanced, f"--balanced means nothing to {args.method}")
+            setattr(args, name, default)
+    for name in "beta learning_rate epochs batch_size gradient_accumulation max_length".split():
+        value = getattr(args, name)
+        require(0 < value < math.inf, f"--{name.replace('_', '-')} is {value}; it must be over 0")
+    require(math.isfinite(args.log_z or 0.0), "--log-z must be finite")
     return args
 
 
+def load_model(name, tokenizer):
+    """The model in float32, in evaluation mode: dropout would make π_θ differ from π_ref."""
+    vocabulary = AutoTokenizer.from_pretrained(name).get_vocab()
+    require(vocabulary == tokenizer.get_vocab(), f"{name} has not the vocabulary of --model")
+    quantised = getattr(AutoConfig.from_pretrained(name), "quantization_config", None)
+    require(not quantised, f"the weights of {name} are quantised, so they cannot be trained")
+    model, report = AutoModelForCausalLM.from_pretrained(
+        name, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+    )
+    require(not report["missing_keys"], f"{name} lacks weights: {sorted(report['missing_keys'])}")
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def run(args):
-    """Data, reference, evaluation, training, evaluation. Returns what metrics.json holds."""
-    with explain(f"--model {args.model}"):
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
-        require(tokenizer.eos_token, "its tokenizer has no eos_token")
-    items, test_items = load_items(args, tokenizer)
-    rows, test_rows = rows_of(items), rows_of(test_items)
-    items = training_items(items, args.method)
-    positives = sum(row.label == 1 for row in rows)
-    for row in rows if args.balanced else ():
-        part = positives if row.label == 1 else len(rows) - positives
-        row.weight *= len(rows) / 2 / part
-    total = sum(row.weight for row in rows) or 1.0
-    mean_label = sum(row.weight * row.label for row in rows) / total
-    counts = f"{len(rows)} rows, {positives} of label 1, beside {len(test_rows)} to test on"
-    require(items or args.eval_only, f"nothing to train {args.method} on: {counts}")
-    if args.log_z is None:
-        args.log_z = 0.0
-        if items and args.method in ("ulma", "pointwise-dpo"):
-            require(0 < mean_label < 1, f"the mean label is {mean_label:g}: {counts}")
-            args.log_z = prior_log_z(mean_label, args.beta, args.continuous)
-    out = Path(args.output_dir or time.strftime(f"runs/{args.method}-%y%m%d-%H%M%S-{os.getpid()}"))
-    options = out / "options.json"
-    same = options.exists() and options.read_text() == json.dumps(asdict(args)) + "\n"
-    resumes = same and not (out / "metrics.json").exists()
-    require(resumes or not any(out.glob("*")), f"--output-dir {out} has a finished or another run")
-    # One reference pass, so that no second model stays in memory.
-    model = load_model(args.reference or args.model, args, tokenizer)
-    highest = max(row.input_ids.max() for row in rows + test_rows)
-    known = highest < model.get_input_embeddings().num_embeddings
-    require(known, f"the model has no embedding for {tokenizer.decode(highest)!r}, held by a row")
-    start = time.perf_counter()
-    parts = [test_rows] if items or args.reference else []
-    if items and (args.reference or args.method != "sft"):
-        parts.append(list(dict.fromkeys(rows_of(items))))
-    for part in parts:
-        for row, logp in zip(part, all_logps(model, part, args, "log π_ref").tolist()):
-            row.ref_logp = logp
-    figures = {"reference_seconds": time.perf_counter() - start}
-    if args.reference:
-        del model  # makes room for the next one
-        model = load_model(args.model, args, tokenizer)
-    print(f"--model {args.model} on {model.device}; results in {out}")
-    results, samples = {"options": asdict(args)}, {}
-    title = "eval" if args.eval_only else "before"
-    results[title], samples[title] = evaluate(model, tokenizer, test_rows, args)
-    write(options, [asdict(args)])
+    """Reads data, scores the reference, trains, evaluates. Returns what metrics.json holds."""
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    require(tokenizer.eos_token, f"the tokenizer of {args.model} has no eos_token")
+    rows, test_rows = load_rows(args, tokenizer)
     if not args.eval_only:
-        sizes = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
-        modules = sorted({name.split(".lora_")[0].split(".")[-1] for name in sizes if args.lora})
-        trained = f"{sum(sizes.values()):,} of {model.num_parameters():,} parameters"
-        print(f"trains {', '.join([trained, *modules])}")
-        print(f"{args.method}: {len(items)} items, learning rate {args.learning_rate}")
-        print(f"β {args.beta:g}, β log Z {args.beta * args.log_z:.3g}, {args.epochs} epochs")
-        figures |= train(model, items, args, out)
-        figures["samples_per_second"] = figures["samples"] / figures["seconds"]
-        figures["peak_memory_bytes"] = torch.cuda.max_memory_allocated() or None
-        save_model(model, tokenizer, args, out)
-        results["after"], samples["after"] = evaluate(model, tokenizer, test_rows, args)
-        results["train"] = figures
-    lines = [{"prompt": x} | {name: samples[name][x] for name in samples} for x in samples[title]]
-    write(out / "samples.jsonl", lines)
-    write(out / "metrics.json", [results])
-    report({name: results[name] for name in samples}, lines)
-    (out / "checkpoint.pt").unlink(missing_ok=True)
+        prepare(rows, args)
+    if args.method == "sft":
+        rows = [row for row in rows if row.label == 1]
+    reference = load_model(args.reference or args.model, tokenizer)
+    out = Path(args.output_dir or time.strftime(f"runs/{args.method}-%y%m%d-%H%M%S"))
+    require(not any(out.glob("*")), f"--output-dir {out} is not empty")
+    write(out / "options.json", [asdict(args)], "x")  # "x": of two runs at once, one stops here
+    print(f"--model {args.model} on {reference.device}; results in {out}")
+
+    start = time.perf_counter()
+    if args.reference or not args.eval_only:
+        set_reference(reference, test_rows, args)
+        set_reference(reference, rows, args)
+    reference_seconds = time.perf_counter() - start
+    if args.reference:
+        del reference  # makes room for the next model
+        policy = load_model(args.model, tokenizer)
+    else:
+        policy = reference  # π_θ starts as π_ref
+
+    results, samples = {"options": asdict(args)}, {}
+    if args.eval_only:
+        results["eval"], samples["eval"] = evaluate(policy, tokenizer, test_rows, args)
+    else:
+        for part in (policy.config, policy.generation_config, tokenizer):
+            part.save_pretrained(out)  # what cannot be saved is found out before training
+        results["before"], samples["before"] = evaluate(policy, tokenizer, test_rows, args)
+        start = time.perf_counter()
+        train(policy, rows, args, out)
+        results["train"] = speed(rows, args, time.perf_counter() - start, reference_seconds)
+        policy.save_pretrained(out)
+        results["after"], samples["after"] = evaluate(policy, tokenizer, test_rows, args)
+    report(results, samples, out)
     return results
 
 
-def report(results, lines):
-    """Prints metrics and some samples, side by side."""
-    print(f"\n{'':28}" + "".join(f"{name:>12}" for name in results))
-    for metric in next(iter(results.values())):
-        values = [metrics[metric] for metrics in results.values()]
+def speed(rows, args, seconds, reference_seconds):
+    """What training took."""
+    samples = args.epochs * len(rows)
+    return {
+        "samples": samples,
+        "tokens": args.epochs * sum(len(row.input_ids) for row in rows),
+        "seconds": seconds,
+        "reference_seconds": reference_seconds,
+        "samples_per_second": samples / seconds,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() or None,
+    }
+
+
+def report(results, samples, out):
+    """Writes metrics.json and samples.jsonl; prints metrics and some samples, side by side."""
+    write(out / "metrics.json", [results])
+    names = list(samples)  # before and after, or eval
+    lines = []
+    for prompt in samples[names[0]]:
+        lines.append({"prompt": prompt} | {name: samples[name][prompt] for name in names})
+    write(out / "samples.jsonl", lines)
+    print(f"\n{'':28}" + "".join(f"{name:>12}" for name in names))
+    for metric in results[names[0]]:
+        values = [results[name][metric] for name in names]
         if None not in values:
             print(f"{metric:28}" + "".join(f"{value:12.3f}" for value in values))
-    for line in lines[:: math.ceil(len(lines) / SAMPLES)]:
+    for line in lines[:: math.ceil(len(lines) / 4)]:
         print("\n" + " ".join(line["prompt"].split())[-90:])
-        for name in results:
+        for name in names:
             print(f"{name:>8}:  {line[name][0]}")
 
 
+def write(path, values, mode="w"):
+    """Writes each value as a line of JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open(mode) as file:
+        file.writelines(json.dumps(value) + "\n" for value in values)
+
+
 def main(argv=None):
-    """The command line. A mistake gets one line, and exit code 2."""
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    logging.set_verbosity_error()
-    torch.set_flush_denormal(True)  # a CPU is many times slower where σ(r) underflows
+    """The command line. What the user can mend is told in one line, with exit code 2."""
+    torch.set_flush_denormal(True)  # arithmetic with denormal numbers is very slow on a CPU
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal may not know β
+        sys.stdout.reconfigure(errors="replace")  # the terminal may not know every character
     try:
         return run(read_options(argv))
-    except (Mistake, torch.OutOfMemoryError) as error:
-        print(f"ulma.py: error: {error}", file=sys.stderr)
+    except (Mistake, OSError, datasets.exceptions.DatasetsError, torch.OutOfMemoryError) as error:
+        cause = " ".join(str(error.__cause__ or error).split())
+        print(f"ulma.py: error: {cause}", file=sys.stderr)
         sys.exit(2)
 
 
