@@ -1,4 +1,9 @@
-"""ULMA's claims, one a test: the losses against the paper, then the rest in ulma.py's order."""
+"""The claims of ulma.py, one a test: the losses against the paper's equations, then the rest of the
+file in its order.
+
+    python -m pytest -q -k equation     # the losses alone, in seconds
+    python -m pytest -q                 # everything, with the tests in data/
+"""
 
 import io
 import itertools
@@ -7,20 +12,14 @@ import math
 import os
 import random
 import re
-import shutil
 import subprocess
 import sys
-import tempfile
-import time
 from contextlib import redirect_stderr
-from functools import partial
 from pathlib import Path
-from unittest.mock import DEFAULT, Mock
 
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read at import: a name that is no folder fails at once
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the expected values are a CPU's
 import datasets
 import tokenizers
 import torch
@@ -28,94 +27,159 @@ import transformers
 from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import logsigmoid
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ulma
 from ulma import dpo_loss, implicit_reward, pointwise_dpo_loss, prior_log_z, sft_loss, ulma_loss
 
-HERE = Path(ulma.__file__).parent
-BASE = HERE / "data" / "base"
-TOKENIZER = AutoTokenizer.from_pretrained(BASE)
-sigma = torch.sigmoid
-read_model = partial(AutoModelForCausalLM.from_pretrained, dtype=torch.float32)
+TOKENIZER = AutoTokenizer.from_pretrained(ulma.EXAMPLE)
 
 
-# ---- The equations, their gradients and the paper's claims ----
-REF = torch.tensor([0.30, 0.25, 0.20, 0.12, 0.08, 0.05], dtype=torch.float64)
-MU = torch.tensor([0.1, 0.3, 0.05, 0.25, 0.1, 0.2], dtype=torch.float64)  # of rated responses
+# ---- Losses: the equations ----
+BETA, LOG_Z = 0.3, 0.5
 
 
-def draw(seed=0):  # random log π_θ, log π_ref and labels 0 or 1: (64,), float64
-    generator = torch.Generator().manual_seed(seed)
-    logps, ref_logps = -8 * torch.rand(2, 64, generator=generator, dtype=torch.float64)
-    return logps.requires_grad_(), ref_logps, torch.randint(0, 2, (64,), generator=generator)
+@pytest.fixture
+def logps():
+    """log π_θ of 64 responses, from −8 to 0."""
+    generator = torch.Generator().manual_seed(0)
+    return (-8 * torch.rand(64, generator=generator, dtype=torch.float64)).requires_grad_()
 
 
-def grad(loss, logps):
-    return torch.autograd.grad(loss.sum(), logps)[0]
+@pytest.fixture
+def ref_logps():
+    generator = torch.Generator().manual_seed(1)
+    return -8 * torch.rand(64, generator=generator, dtype=torch.float64)
 
 
-def test_the_reward_is_beta_times_log_ratio_plus_log_z():
+@pytest.fixture
+def labels():
+    """64 labels, 0 or 1."""
+    return torch.arange(64) % 3 // 2
+
+
+@pytest.fixture
+def scores(labels):
+    """64 scores from 0 to 1; the label 1 has the score 1."""
+    generator = torch.Generator().manual_seed(2)
+    return torch.rand(64, generator=generator, dtype=torch.float64).where(labels == 0, 1.0)
+
+
+def test_equation_of_the_reward():
     logps, ref_logps = torch.tensor([-2.0, -3.0]), torch.tensor([-5.0, -4.0])
-    for log_z, expected in ((1.0, [2.0, 1.0]), (torch.tensor([1.0, -2.0]), [2.0, -0.5])):
-        assert implicit_reward(logps, ref_logps, 0.5, log_z).tolist() == expected
+    assert implicit_reward(logps, ref_logps, 0.5, 1.0).tolist() == [2.0, 1.0]
 
 
-@pytest.mark.parametrize("beta, log_z", [(0.1, 0.0), (0.5, 2.0), (1.0, -3.0)])
-def test_every_loss_is_its_equation(beta, log_z):
-    logps, ref_logps, z = draw()
-    scores = torch.rand(64, dtype=torch.float64).where(z == 0, 1.0)
-    r = beta * ((logps.exp() / ref_logps.exp()).log() + log_z)
-    binary = -(z * sigma(r).log() + (1 - z) * (1 - sigma(r)).log())
-    squared = (scores - r) ** 2
-    at, more = (logps, ref_logps), (beta, log_z)
+def test_equation_of_the_reward_with_a_log_z_for_each_response():
+    logps, ref_logps = torch.tensor([-2.0, -3.0]), torch.tensor([-5.0, -4.0])
+    log_z = torch.tensor([1.0, -2.0])
+    assert implicit_reward(logps, ref_logps, 0.5, log_z).tolist() == [2.0, -0.5]
+
+
+def test_equation_of_sft(logps):
     assert_close(sft_loss(logps), -logps)
-    assert_close(pointwise_dpo_loss(*at, z, *more), binary)
-    assert_close(pointwise_dpo_loss(*at, scores, *more, True), squared)
-    assert_close(ulma_loss(*at, z.bool(), *more), -z * logps + (1 - z) * binary)
-    assert_close(ulma_loss(*at, scores, *more, True), -logps * z + (1 - z) * squared)
 
 
-def test_pairwise_dpo_is_its_equation_and_gradient_and_log_z_cancels():
-    (logps_w, ref_w, _), (logps_l, ref_l, _) = draw(1), draw(2)
-    loss = dpo_loss(logps_w, logps_l, ref_w, ref_l, 0.3)
-    gap = implicit_reward(logps_w, ref_w, 0.3, 7.0) - implicit_reward(logps_l, ref_l, 0.3, 7.0)
-    assert_close(loss, -sigma(gap).log())
-    pull = 0.3 * sigma(-gap)  # −β σ(r_l − r_w) (∇_w − ∇_l)
-    assert_close(torch.autograd.grad(loss.sum(), (logps_w, logps_l)), (-pull, pull))
+def test_equation_of_pointwise_dpo(logps, ref_logps, labels):
+    r = BETA * ((logps.exp() / ref_logps.exp()).log() + LOG_Z)
+    sigma = 1 / (1 + (-r).exp())
+    expected = -(labels * sigma.log() + (1 - labels) * (1 - sigma).log())
+    assert_close(pointwise_dpo_loss(logps, ref_logps, labels, BETA, LOG_Z), expected)
 
 
-def test_the_gradients_are_the_papers():
-    logps, ref_logps, z = draw()
-    scores = torch.rand(64, dtype=torch.float64)
-    r = 0.3 * (logps - ref_logps + 0.5)
-    at, more, binary = (logps, ref_logps), (0.3, 0.5), -0.3 * (z - sigma(r))
-    assert_close(grad(sft_loss(logps), logps), -torch.ones_like(logps))
-    assert_close(grad(pointwise_dpo_loss(*at, z, *more), logps), binary)
-    assert_close(grad(pointwise_dpo_loss(*at, scores, *more, True), logps), -0.6 * (scores - r))
-    assert_close(grad(ulma_loss(*at, z, *more), logps), binary.where(z == 0, -1.0))
+def test_equation_of_pointwise_dpo_continuous(logps, ref_logps, scores):
+    r = BETA * ((logps.exp() / ref_logps.exp()).log() + LOG_Z)
+    actual = pointwise_dpo_loss(logps, ref_logps, scores, BETA, LOG_Z, continuous=True)
+    assert_close(actual, (scores - r) ** 2)
 
 
-@pytest.mark.parametrize("continuous", [False, True])
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
-def test_the_prior_log_z_zeroes_the_mean_coefficient_at_the_start(continuous, share):
-    labels = (torch.arange(60) < 60 * share).double()
-    prior = prior_log_z(labels.mean().item(), 0.3, continuous)
-    for log_z, balanced in ((prior, True), (0.0, share == 0.5 and not continuous)):
-        logps = torch.zeros(60, dtype=torch.float64, requires_grad=True)  # π_θ = π_ref
-        loss = pointwise_dpo_loss(logps, torch.zeros(60), labels, 0.3, log_z, continuous)
-        assert (grad(loss, logps).sum().abs() < 1e-9) == balanced
+def test_equation_of_ulma(logps, ref_logps, labels):
+    r = BETA * ((logps.exp() / ref_logps.exp()).log() + LOG_Z)
+    sigma = 1 / (1 + (-r).exp())
+    expected = -(labels * logps + (1 - labels) * (1 - sigma).log())
+    for z in (labels, labels.bool(), labels.float()):
+        assert_close(ulma_loss(logps, ref_logps, z, BETA, LOG_Z), expected)
+
+
+def test_equation_of_ulma_continuous(logps, ref_logps, scores):
+    r = BETA * ((logps.exp() / ref_logps.exp()).log() + LOG_Z)
+    expected = torch.where(scores == 1, -logps, (scores - r) ** 2)
+    assert_close(ulma_loss(logps, ref_logps, scores, BETA, LOG_Z, continuous=True), expected)
+
+
+def test_equation_of_pairwise_dpo():
+    chosen, rejected = torch.tensor([-2.0, -5.0]), torch.tensor([-3.0, -1.0])
+    ref_chosen, ref_rejected = torch.tensor([-4.0, -4.0]), torch.tensor([-2.0, -3.0])
+    gap = 0.3 * ((chosen - ref_chosen) - (rejected - ref_rejected))
+    expected = -(1 / (1 + (-gap).exp())).log()
+    assert_close(dpo_loss(chosen, rejected, ref_chosen, ref_rejected, 0.3), expected)
+
+
+def test_losses_are_finite_where_sigma_rounds_to_0_or_1():
+    logps, ref_logps = torch.tensor([-1.0, -900.0]), torch.tensor([-900.0, -1.0])
+    for z in (torch.zeros(2), torch.ones(2)):
+        assert pointwise_dpo_loss(logps, ref_logps, z, beta=1.0).isfinite().all()
+        assert ulma_loss(logps, ref_logps, z, beta=1.0).isfinite().all()
+
+
+# ---- Losses: the gradients in the paper, as factors of ∇ log π_θ(y|x) ----
+
+
+def factor(losses, logps):
+    [gradient] = torch.autograd.grad(losses.sum(), logps)
+    return gradient
+
+
+def test_gradient_of_sft(logps):
+    assert_close(factor(sft_loss(logps), logps), -torch.ones_like(logps))
+
+
+def test_gradient_of_pointwise_dpo(logps, ref_logps, labels):
+    sigma = implicit_reward(logps, ref_logps, BETA, LOG_Z).sigmoid()
+    losses = pointwise_dpo_loss(logps, ref_logps, labels, BETA, LOG_Z)
+    assert_close(factor(losses, logps), -BETA * (labels - sigma))
+
+
+def test_gradient_of_pointwise_dpo_continuous(logps, ref_logps, scores):
+    r = implicit_reward(logps, ref_logps, BETA, LOG_Z)
+    losses = pointwise_dpo_loss(logps, ref_logps, scores, BETA, LOG_Z, continuous=True)
+    assert_close(factor(losses, logps), -2 * BETA * (scores - r))
+
+
+def test_gradient_of_ulma_is_that_of_sft_where_z_is_1(logps, ref_logps, labels):
+    sigma = implicit_reward(logps, ref_logps, BETA, LOG_Z).sigmoid()
+    losses = ulma_loss(logps, ref_logps, labels, BETA, LOG_Z)
+    assert_close(factor(losses, logps), torch.where(labels == 1, -1.0, BETA * sigma))
+
+
+def test_gradient_of_pairwise_dpo():
+    chosen, rejected = torch.tensor([-2.0], requires_grad=True), torch.tensor([-3.0])
+    ref_chosen, ref_rejected = torch.tensor([-4.0]), torch.tensor([-2.0])
+    gap = BETA * ((chosen - ref_chosen) - (rejected - ref_rejected))
+    losses = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, BETA)
+    assert_close(factor(losses, chosen), -BETA * (-gap).sigmoid())
+
+
+# ---- Losses: where they are least. Six responses to one prompt ----
+REF = torch.tensor([0.30, 0.25, 0.20, 0.12, 0.08, 0.05], dtype=torch.float64)  # π_ref
+RATED = torch.tensor([0.1, 0.3, 0.05, 0.25, 0.1, 0.2], dtype=torch.float64)  # shares of the rows
+REWARD = torch.tensor([-1.0, 0.5, 1.5, -0.3, 0.9, 2.0], dtype=torch.float64)
 
 
 def optimum(expected_loss):
     """The distribution over six responses at which the expected loss is least."""
     logits = torch.zeros(6, dtype=torch.float64, requires_grad=True)
-    options = {"max_iter": 2000, "tolerance_grad": 1e-13, "tolerance_change": 0}
-    solver = torch.optim.LBFGS([logits], line_search_fn="strong_wolfe", **options)
+    solver = torch.optim.LBFGS(
+        [logits],
+        max_iter=2000,
+        tolerance_grad=1e-13,
+        tolerance_change=0,
+        line_search_fn="strong_wolfe",
+    )
 
     def closure():
         solver.zero_grad()
-        loss = expected_loss(logits.log_softmax(0)).sum()
+        loss = expected_loss(logits.log_softmax(0))
         loss.backward()
         return loss
 
@@ -123,61 +187,89 @@ def optimum(expected_loss):
     return logits.softmax(0).detach()
 
 
-def over_labels(loss, share, logps, *more):
-    """The loss's expectation where that share of a response's labels is 1."""
-    good, bad = (loss(logps, more[0].log(), torch.full((6,), z), *more[1:]) for z in (1, 0))
-    return share * good + (1 - share) * bad
+def expected(loss, logps, positive, *given):
+    """The loss's expectation for each response, where `positive` is the share of its labels 1."""
+    ones, zeros = torch.ones(6), torch.zeros(6)
+    return positive * loss(logps, REF.log(), ones, *given) + (1 - positive) * loss(
+        logps, REF.log(), zeros, *given
+    )
+
+
+def test_pointwise_dpo_recovers_the_optimum_of_alignment_with_the_true_log_z():
+    beta = 0.5
+    z = (REF * (REWARD / beta).exp()).sum()
+    aligned = REF * (REWARD / beta).exp() / z
+
+    def loss(logps, log_z):
+        return (REF * expected(pointwise_dpo_loss, logps, REWARD.sigmoid(), beta, log_z)).sum()
+
+    assert_close(optimum(lambda logps: loss(logps, z.log())), aligned, rtol=0, atol=1e-6)
+    assert (optimum(lambda logps: loss(logps, 0.0)) - aligned).abs().max() > 0.05
+
+
+def test_continuous_pointwise_dpo_recovers_it_too():
+    beta = 0.5
+    z = (REF * (REWARD / beta).exp()).sum()
+    aligned = REF * (REWARD / beta).exp() / z
+
+    def loss(logps, log_z):
+        return (REF * pointwise_dpo_loss(logps, REF.log(), REWARD, beta, log_z, True)).sum()
+
+    assert_close(optimum(lambda logps: loss(logps, z.log())), aligned, rtol=0, atol=1e-6)
+    assert (optimum(lambda logps: loss(logps, 0.0)) - aligned).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("beta, log_z", [(0.1, 0.0), (1.0, -2.0), (3.0, 0.5)])
+def test_ulma_converges_to_the_positive_responses_where_labels_are_certain(beta, log_z):
+    positive = torch.tensor([0, 1, 0, 1, 1, 0]).double()
+
+    def loss(logps):
+        return (RATED * expected(ulma_loss, logps, positive, beta, log_z)).sum()
+
+    assert_close(optimum(loss), RATED * positive / (RATED * positive).sum(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("beta, log_z", [(0.1, 0.0), (1.0, -2.0), (3.0, 0.5)])
+def test_ulma_converges_to_a_known_distribution_where_labels_of_a_response_differ(beta, log_z):
+    positive = torch.tensor([0.9, 0.8, 0.95, 0.85, 0.99, 1.0]).double()
+
+    def loss(logps):
+        return (RATED * expected(ulma_loss, logps, positive, beta, log_z)).sum()
+
+    policy = optimum(loss)
+    r = implicit_reward(policy.log(), REF.log(), beta, log_z)
+    known = RATED * (positive - (1 - positive) * beta * r.sigmoid())
+    assert_close(policy, known / known.sum(), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("continuous", [False, True])
-def test_the_optimum_of_alignment_is_recovered_with_the_true_log_z(continuous, beta=0.5):
-    reward = torch.tensor([-1.0, 0.5, 1.5, -0.3, 0.9, 2.0], dtype=torch.float64)
-    z = (REF * (reward / beta).exp()).sum()
-    for log_z, recovered in ((z.log(), True), (0.0, False)):
-
-        def loss(logps, log_z=log_z):  # of responses from π_ref; z ~ Bernoulli(σ(r)), or r + noise
-            if continuous:
-                return REF * pointwise_dpo_loss(logps, REF.log(), reward, beta, log_z, True)
-            more = reward.sigmoid(), logps, REF, beta, log_z
-            return REF * over_labels(pointwise_dpo_loss, *more)
-
-        distance = (optimum(loss) - REF * (reward / beta).exp() / z).abs().max()
-        assert distance < 1e-6 if recovered else distance > 0.05
-
-
-@pytest.mark.parametrize("beta, log_z", [(0.1, 0.0), (0.1, 3.0), (1.0, -2.0), (3.0, 0.5)])
-@pytest.mark.parametrize("ref", [REF, REF.flip(0)])
-def test_ulmas_own_optimum_is_the_thumbs_up_or_its_formula_where_labels_disagree(beta, log_z, ref):
-    def policy(share):
-        return optimum(lambda logps: MU * over_labels(ulma_loss, share, logps, ref, beta, log_z))
-
-    up = torch.tensor([0, 1, 0, 1, 1, 0]).double()
-    assert_close(policy(up), MU * up / (MU * up).sum(), rtol=0, atol=1e-4)
-    share = torch.tensor([0.9, 0.8, 0.95, 0.85, 0.99, 1.0]).double()
-    mixed = policy(share)
-    r = beta * ((mixed / ref).log() + log_z)
-    expected = MU * (share - (1 - share) * beta * sigma(r))
-    assert_close(mixed, expected / expected.sum(), rtol=0, atol=1e-6)
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_with_the_prior_log_z_the_first_step_pushes_up_as_much_as_down(share, continuous):
+    labels = (torch.arange(60) < 60 * share).double()
+    logps = torch.zeros(60, dtype=torch.float64, requires_grad=True)  # π_θ = π_ref
+    log_z = prior_log_z(labels.mean().item(), BETA, continuous)
+    losses = pointwise_dpo_loss(logps, torch.zeros(60), labels, BETA, log_z, continuous)
+    assert factor(losses, logps).sum().abs() < 1e-9
 
 
 # ---- Log-probabilities ----
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 SIZES |= {"max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
 ARCHITECTURES = {  # several of these scale or cap their logits, in ways that change the result
-    "gpt2": GPT2,
-    "llama": SIZES,
-    "gemma2": SIZES | {"final_logit_softcapping": 2.0, "query_pre_attn_scalar": 8},
-    "qwen3": SIZES,
-    "cohere": SIZES | {"logit_scale": 0.25},
-    "granite": SIZES | {"logits_scaling": 3.0},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
+    "llama": {},
+    "gpt_neox": {},
+    "gemma2": {"final_logit_softcapping": 2.0, "query_pre_attn_scalar": 8},
+    "cohere": {"logit_scale": 0.25},
+    "granite": {"logits_scaling": 3.0},
 }
 
 
-def tiny(name, **changes):  # a random model of a few thousand weights, with logits far from uniform
+def tiny(name, **changes):
+    """A random model of a few thousand weights, with logits that are far from uniform."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": 61} | ARCHITECTURES.get(name, SIZES) | changes
+    sizes = SIZES | {"vocab_size": 61} | ARCHITECTURES.get(name, {}) | changes
     config = transformers.AutoConfig.for_model(name, **sizes)
     model = AutoModelForCausalLM.from_config(config).eval()
     for parameter in model.get_output_embeddings().parameters():
@@ -185,54 +277,113 @@ def tiny(name, **changes):  # a random model of a few thousand weights, with log
     return model
 
 
+def naive_logp(model, input_ids, start, end):
+    """log π of the tokens from start to end, each from a forward pass of its own over a prefix."""
+    total = torch.zeros(())
+    for t in range(start, end):
+        logits = model(input_ids=input_ids[None, :t]).logits[0, -1]
+        total = total + logits.log_softmax(-1)[input_ids[t]]
+    return total
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_response_logps_is_the_sum_over_response_tokens_alone(name):
-    model, expected = tiny(name), [torch.zeros(())] * 4
-    ids = torch.tensor([[9, 3, 44, 7, 30, 12, 8, 60, 5], [17, 33, 4, 21, 50, 6, 11, 0, 0]])
-    ids = torch.cat([ids, ids.flip(1)])
-    starts, ends = (5, 1, 3, 7), (9, 7, 4, 7)  # of the responses; the last is empty
-    places = torch.arange(9).expand(4, 9)
-    mask = (places >= torch.tensor(starts)[:, None]) & (places < torch.tensor(ends)[:, None])
-    for i, (start, end) in enumerate(zip(starts, ends)):
-        for t in range(start, end):  # each token from a forward pass of its own over a prefix
-            logits = model(input_ids=ids[i : i + 1, :t]).logits[0, -1]
-            expected[i] = expected[i] + logits.log_softmax(-1)[ids[i, t]]
-    expected, actual = torch.stack(expected), ulma.response_logps(model, ids, mask)
-    assert_close(actual, expected, rtol=1e-4, atol=1e-4)
-    assert actual.dtype == torch.float32 and actual[3] == 0
-    padded = ids.where(places < torch.tensor(ends)[:, None], 7)  # with whatever
-    assert actual.equal(ulma.response_logps(model, padded, mask.long()))
-    gradients = [torch.autograd.grad(x.sum(), [*model.parameters()]) for x in (actual, expected)]
-    assert_close(*gradients, rtol=1e-3, atol=1e-3)
+def test_response_logps_is_the_sum_over_response_tokens(name):
+    model = tiny(name)
+    ids = torch.tensor(
+        [[9, 3, 44, 7, 30, 12, 8], [17, 33, 4, 21, 50, 0, 0], [5, 8, 60, 9, 7, 2, 0]]
+    )
+    mask = torch.zeros(3, 7, dtype=torch.bool)
+    mask[0, 4:7] = mask[1, 1:5] = mask[2, 5:6] = True
+    naive = [naive_logp(model, ids[0], 4, 7), naive_logp(model, ids[1], 1, 5)]
+    naive = torch.stack([*naive, naive_logp(model, ids[2], 5, 6)])
+    logps = ulma.response_logps(model, ids, mask)
+    assert_close(logps, naive, rtol=1e-4, atol=1e-4)
+    gradient = torch.autograd.grad(logps.sum(), list(model.parameters()))
+    naive_gradient = torch.autograd.grad(naive.sum(), list(model.parameters()))
+    assert_close(gradient, naive_gradient, rtol=1e-3, atol=1e-3)
+
+
+def test_padding_changes_nothing():
+    model, ids = tiny("llama"), torch.tensor([[9, 3, 44, 7, 30, 12]])
+    mask = torch.tensor([[False, False, True, True, True, True]])
+    alone = ulma.response_logps(model, ids, mask)
+    for filling in (0, 7):
+        padded_ids = torch.cat([ids, torch.full((1, 4), filling)], 1)
+        padded_mask = torch.cat([mask, torch.zeros(1, 4, dtype=torch.bool)], 1)
+        assert_close(ulma.response_logps(model, padded_ids, padded_mask), alone)
+
+
+def test_the_head_is_as_before_also_after_an_error():
+    model, ids = tiny("llama"), torch.tensor([[9, 3, 44]])
+    whole = model(ids).logits
+    with pytest.raises(RuntimeError), ulma.logits_only_at(model, torch.tensor([0]), 1):
+        raise RuntimeError
+    assert model(ids).logits.equal(whole)
+
+
+def test_under_bfloat16_the_head_works_in_float32():
+    model, ids = tiny("llama"), torch.tensor([[9, 3, 44, 7]])
+    mask = torch.tensor([[False, True, True, True]])
+    hidden = []
+    model.get_output_embeddings().register_forward_hook(lambda *given: hidden.append(given[2]))
+    with torch.autocast("cpu", torch.bfloat16):
+        ulma.response_logps(model, ids, mask)
+    assert hidden[0].dtype == torch.float32
+    assert not hidden[0].equal(hidden[0].bfloat16().float())
+
+
+# ---- Rows, weights and log Z ----
 
 
 def row(name="x", length=3, **more):
+    """A row whose tokens are 5, 6, …; the first is the prompt."""
     mask = torch.arange(length) > 0
     return ulma.Row(str(name), torch.arange(length) + 5, mask, **{"label": 1.0, **more})
 
 
-def test_collate_pads_rows_on_the_right():
-    batch = ulma.collate([row(), row(length=2)])
-    assert batch["input_ids"].tolist() == [[5, 6, 7], [5, 6, 0]]
-    assert batch["response_mask"].tolist() == [[False, True, True], [False, True, False]]
+def options(flags=""):
+    return ulma.read_options(f"--beta 0.7 {flags}".split())
 
 
-# ---- Runs for the tests below ----
-FAST = "--max-length 64 --max-new-tokens 8 --epochs 2 --learning-rate 3e-3 --batch-size 4 --beta .7"
+def test_balanced_gives_positives_the_weight_of_all_others():
+    rows = [row(label=1.0, weight=3.0), *(row(label=z, weight=1.0) for z in (0.0, 0.0, 0.5))]
+    ulma.balance(rows)
+    assert [row.weight for row in rows] == [3.0, 1.0, 1.0, 1.0]
+    rows = [row(label=1.0), *(row(label=0.0) for _ in range(4))]
+    ulma.balance(rows)
+    assert [row.weight for row in rows] == [2.5, 0.625, 0.625, 0.625, 0.625]
 
 
-def write(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
+def test_balanced_needs_both_kinds():
+    with pytest.raises(ulma.Mistake, match="--balanced needs"):
+        ulma.balance([row(label=1.0), row(label=1.0)])
 
 
-def read(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def test_log_z_is_the_prior_of_the_weighted_mean_label():
+    rows = [row(label=1.0, weight=1.0), row(label=0.0, weight=3.0)]
+    assert ulma.default_log_z(rows, options()) == pytest.approx(math.log(1 / 3) / 0.7)
+    assert ulma.default_log_z(rows, options("--continuous")) == pytest.approx(0.25 / 0.7)
 
 
-def point(i, label=1, **more):
-    return {"prompt": f"Question {i}?", "completion": f" Answer {i}.", "label": label, **more}
+@pytest.mark.parametrize("method", ["ulma", "sft"])
+def test_demonstrations_alone_need_no_log_z(method):
+    assert ulma.default_log_z([row(label=1.0)], options(f"--method {method}")) == 0.0
+
+
+@pytest.mark.parametrize("flags, label", [("", 0.0), ("--method pointwise-dpo", 1.0)])
+def test_labels_that_are_all_alike_are_told(flags, label):
+    with pytest.raises(ulma.Mistake, match="the mean label is"):
+        ulma.default_log_z([row(label=label)], options(flags))
+
+
+# ---- Training: a step of each method against its loss, written out ----
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A folder with a tiny random model, whose dropout must not act, and its tokenizer."""
+    folder = tmp_path_factory.mktemp("small")
+    return stand_in(folder, attention_dropout=0.5)
 
 
 def stand_in(folder, name="llama", tokenizer=TOKENIZER, dtype=torch.float32, **changes):
@@ -243,275 +394,624 @@ def stand_in(folder, name="llama", tokenizer=TOKENIZER, dtype=torch.float32, **c
     return folder
 
 
-POINTS = [point(i // 2, i % 2) for i in range(20)]
-TEXTS = [f" Answer {i}{' and more' * (i % 4)}." for i in range(10)]
-RATED = [point(i % 3, int(i % 3 == i // 3), completion=TEXTS[i]) for i in range(10)]
-SCORES = [[0.0, 0.3, 1.0][(i + i // 3) % 3] for i in range(10)]
-MIXED = [{"label": 1} if score == 1 else {"label": None, "score": score} for score in SCORES]
-DATA = {
-    "rated": [{**row, "score": score} for row, score in zip(RATED, SCORES)],
-    "weighted": [{**row, "score": SCORES[i], "weight": i % 3} for i, row in enumerate(RATED)],
-    "mixed": [row | rating for row, rating in zip(RATED, MIXED)],
-}
+def rated_rows():
+    """Ten rows of different lengths, labels, scores and weights."""
+    rows = []
+    for i in range(10):
+        ids = torch.tensor([20 + i, 30, 40 + i, *range(50, 52 + i % 4), 1])
+        mask = torch.arange(len(ids)) > 1 + i % 2
+        rows.append(ulma.Row(f"{i % 5}", ids, mask, float(i % 3 == 0), weight=1.0 + i % 2))
+    return rows
 
 
-@pytest.fixture(scope="session")
-def small(tmp_path_factory):
-    """A tiny model; ten rated rows to train on, three with answers to test on."""
-    folder = tmp_path_factory.mktemp("small")
-    stand_in(folder / "model", attention_dropout=0.5)  # which training is to turn off
-    for name, rows in DATA.items():
-        write(folder / name / "train.jsonl", rows)
-        write(folder / name / "test.jsonl", [{**row, "answers": TEXTS} for row in RATED[:3]])
-    return folder
-
-
-def options(small, flags, paths):
-    paths = {"model": small / "model", "data": small / "rated"} | paths
-    named = [f"--{name.replace('_', '-')}={path}" for name, path in paths.items()]
-    return [*FAST.split(), *named, *flags.split()]
-
-
-@pytest.fixture(scope="session")
-def run(small, tmp_path_factory):
-    """run(flags, model=…, data=…): the metrics and the output folder of a run of a second."""
-
-    def call(flags="", **paths):
-        paths = {"output_dir": tmp_path_factory.mktemp("runs") / "out"} | paths
-        return ulma.main(options(small, flags, paths)), Path(paths["output_dir"])
-
-    return call
-
-
-def error_of(run, flags="", **paths):  # the one line that a user's mistake gets
-    with redirect_stderr(io.StringIO()) as told, pytest.raises(SystemExit) as stop:
-        run(flags, **paths)
-    [line] = [line for line in told.getvalue().splitlines() if "ulma.py: " in line]
-    assert stop.value.code == 2
-    return line
-
-
-# ---- From the option to the weights, through main alone ----
-METHODS = ["ulma", "pointwise-dpo", "ulma --continuous", "pointwise-dpo --continuous"]
-CASES = [f"{data} {method}" for data in ("rated", "weighted") for method in (*METHODS, "sft")]
-CASES += [f"rated {method} --balanced" for method in METHODS]
-CASES += [f"rated {method} --average" for method in (METHODS[0], METHODS[3], "dpo")]
-CASES += ["rated dpo", "mixed ulma --continuous", "mixed pointwise-dpo --continuous --balanced"]
-CASES += ["weighted ulma --balanced --log-z 0"]
-CASES += ["rated ulma --average --balanced --log-z 0"]  # the authors' code
-NOISY = {"attention_dropout": 0.5, "dropout": 0.5, "router_jitter_noise": 0.1, "vocab_size": 768}
-NOISY |= {"query_pre_attn_scalar": 8, "ffn_dim": 48, "word_embed_proj_dim": 32} | SIZES
-VISION = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
-
-
-def naive_logp(model, row, flags=""):  # log π(y|x) of one row without padding
-    prompt = TOKENIZER(row["prompt"]).input_ids
-    ids = torch.tensor(prompt + TOKENIZER(row["completion"]).input_ids + [TOKENIZER.eos_token_id])
-    logps = model(input_ids=ids[None]).logits[0].log_softmax(-1)
-    terms = torch.stack([logps[t - 1, ids[t]] for t in range(len(prompt), len(ids))])
-    return terms.mean() if "--average" in flags else terms.sum()
-
-
-def naive_loss(flags, model, reference, rows=RATED, beta=0.7):
-    """The paper's mean loss over all rows, and the mean rewards of high and of low labels."""
-    method, continuous = flags.split()[0], "--continuous" in flags
-    z = torch.tensor(SCORES if continuous else [float(row["label"]) for row in rows])
-    weight = torch.tensor([row.get("weight", 1) for row in rows])
-    good, high = z == 1, z > 0.5
-    mean_label = (weight * z).sum() / weight.sum()
-    if "--balanced" in flags:
-        mean_label = (1 + z[~good].mean()) / 2
-    c = mean_label if continuous else mean_label.logit()  # β log Z
-    logps = torch.stack([naive_logp(model, row, flags) for row in rows])
-    ref_logps = torch.stack([naive_logp(reference, row, flags) for row in rows]).detach()
-    rewards = beta * (logps - ref_logps) + (0 if "--log-z 0" in flags else c)
-    losses = (z - rewards) ** 2 if continuous else -logsigmoid((2 * z - 1) * rewards)
-    if method != "pointwise-dpo":
-        losses = torch.where(good, -logps, losses)
-    losses = weight * losses
-    total = losses[good].mean() if method == "sft" else losses.mean()
-    if "--balanced" in flags:  # half of the authors' loss, which is the sum of these means
-        total = (losses[good].mean() + losses[~good].mean()) / 2
-    if method == "dpo":
-        pairs = itertools.product(good.nonzero(), (~good).nonzero())
-        gaps = [rewards[i] - rewards[j] for i, j in pairs if i % 3 == j % 3]  # of one prompt
-        total = -logsigmoid(torch.cat(gaps)).mean()
-    return total, [rewards[high].mean().item(), rewards[~high].mean().item()]
+SCORES = [1.0, 0.2, 0.7, 1.0, 0.0, 0.4, 1.0, 0.9, 0.1, 1.0]
 
 
 @pytest.fixture
-def watched(monkeypatch, run):
-    """watched(flags): for each step (weights, gradient before clipping), the log, the results."""
-    clip, steps = torch.nn.utils.clip_grad_norm_, []
+def logps_of():
+    """logps_of(model, rows, average=False): naive log π, (10,)."""
 
-    def spy(parameters, bound):
-        parameters = list(parameters)
-        gradient = torch.cat([p.grad.flatten() for p in parameters])
-        steps.append(([p.detach().clone() for p in parameters], gradient))
-        return clip(parameters, bound)
+    def logps_of(model, rows, average=False):
+        values = []
+        for row in rows:
+            logps = model(row.input_ids[None]).logits[0].log_softmax(-1)
+            terms = []
+            for t in range(1, len(row.input_ids)):
+                if row.response_mask[t]:
+                    terms.append(logps[t - 1, row.input_ids[t]])
+            terms = torch.stack(terms)
+            values.append(terms.mean() if average else terms.sum())
+        return torch.stack(values)
 
-    def call(flags, **paths):  # a step holds all rows
-        steps.clear()
-        results, out = run(f"--epochs 3 --gradient-accumulation 3 {flags}", **paths)
-        return list(steps), read(out / "log.jsonl"), results
-
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
-    return call
+    return logps_of
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_a_steps_gradient_and_log_are_those_of_the_papers_mean_loss(watched, small, case):
-    data, flags = case.split(maxsplit=1)
-    steps, [line], _ = watched(f"--method {flags}", data=small / data)
-    model, reference, figures = read_model(small / "model"), read_model(small / "model"), []
-    optimizer = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.0)
-    for done, (values, gradient) in enumerate(steps):
-        for parameter, value in zip(model.parameters(), values):
-            assert (parameter - value).norm() < 1e-2
-            parameter.data.copy_(value)
-        loss, rewards = naive_loss(flags, model, reference, DATA[data])
-        figures.append((loss.item(), *rewards))
+@pytest.fixture
+def step(small, tmp_path, logps_of, monkeypatch):
+    """step(flags, rows, loss): compares the first step's gradient with that of a naive loss.
+
+    The policy is not π_ref: its weights have been changed. loss has a policy's log π, those of
+    π_ref, labels and weights; all are tensors, (10,).
+    """
+
+    def compare(flags, loss, rows=None):
+        rows = rows or rated_rows()
+        args = ulma.read_options(
+            f"--model {small} --beta 0.7 --epochs 1 --learning-rate 1e-3 "
+            f"--batch-size 4 --gradient-accumulation 3 {flags}".split()
+        )
+        reference = ulma.load_model(small, TOKENIZER)
+        policy = ulma.load_model(small, TOKENIZER)
+        policy.model.layers[0].mlp.up_proj.weight.data *= 1.3
+        rows = ulma.prepare(rows, args)
+        ulma.set_reference(reference, rows, args)
+
+        labels = torch.tensor([row.label for row in rows])
+        weights = torch.tensor([row.weight for row in rows])
+        logps = logps_of(policy, rows, args.average)
+        ref_logps = logps_of(reference, rows, args.average).detach()
+        value = loss(logps, ref_logps, labels, weights)
+        naive = torch.autograd.grad(value, list(policy.parameters()))
+
+        gradients = []
+        clip = torch.nn.utils.clip_grad_norm_
+
+        def spy(parameters, bound):
+            parameters = list(parameters)
+            gradients.extend(parameter.grad.clone() for parameter in parameters)
+            return clip(parameters, bound)
+
+        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
+        ulma.train(policy, rows, args, tmp_path)
+        assert_close(gradients, list(naive), rtol=1e-3, atol=1e-4)
+        [line] = read(tmp_path / "log.jsonl")
+        assert line["loss"] == pytest.approx(value.item(), rel=1e-4)
+        rewards = 0.7 * (logps - ref_logps + args.log_z)
+        good = labels > 0.5
+        assert line["reward_positive"] == pytest.approx(rewards[good].mean().item(), rel=1e-3)
+        if not good.all():
+            assert line["reward_negative"] == pytest.approx(rewards[~good].mean().item(), rel=1e-3)
+
+    return compare
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_step_of_sft(step):
+    step("--method sft", lambda logps, ref_logps, z, w: (-w * logps).mean())
+
+
+def test_a_step_of_pointwise_dpo(step):
+    def loss(logps, ref_logps, z, w):
+        prior = (w * z).sum() / w.sum()
+        r = 0.7 * (logps - ref_logps) + prior.logit()
+        return (w * -(z * logsigmoid(r) + (1 - z) * logsigmoid(-r))).mean()
+
+    step("--method pointwise-dpo", loss)
+
+
+def test_a_step_of_ulma(step):
+    def loss(logps, ref_logps, z, w):
+        prior = (w * z).sum() / w.sum()
+        r = 0.7 * (logps - ref_logps) + prior.logit()
+        return (w * -(z * logps + (1 - z) * logsigmoid(-r))).mean()
+
+    step("--method ulma", loss)
+
+
+def test_a_step_of_continuous_ulma(step):
+    def loss(logps, ref_logps, z, w):
+        prior = (w * z).sum() / w.sum()
+        r = 0.7 * (logps - ref_logps) + prior
+        return (w * torch.where(z == 1, -logps, (z - r) ** 2)).mean()
+
+    rows = rated_rows()
+    for row, score in zip(rows, SCORES):
+        row.label = score
+    step("--method ulma --continuous", loss, rows)
+
+
+def test_a_step_of_continuous_pointwise_dpo(step):
+    def loss(logps, ref_logps, z, w):
+        prior = (w * z).sum() / w.sum()
+        r = 0.7 * (logps - ref_logps) + prior
+        return (w * (z - r) ** 2).mean()
+
+    rows = rated_rows()
+    for row, score in zip(rows, SCORES):
+        row.label = score
+    step("--method pointwise-dpo --continuous", loss, rows)
+
+
+def test_a_step_of_the_authors_recipe(step):
+    """Half of their loss, which is the mean over positives plus the mean over negatives."""
+
+    def loss(logps, ref_logps, z, w):
+        r = 0.7 * (logps - ref_logps)
+        positive, negative = -logps[z == 1], -logsigmoid(-r[z == 0])
+        return (positive.mean() + negative.mean()) / 2
+
+    rows = rated_rows()
+    for row in rows:
+        row.weight = 1.0
+    step("--method ulma --average --balanced --log-z 0", loss, rows)
+
+
+def test_training_takes_the_steps_of_adam_with_a_cosine_schedule(small, tmp_path):
+    """Two runs of the same steps, one written out: 12 steps, of which one warms up."""
+    rows, flags = rated_rows()[:6], "--epochs 6 --batch-size 4 --learning-rate 1e-2 --method sft"
+    args = ulma.read_options(f"--model {small} {flags}".split())
+    for one in rows:
+        one.weight = 1.0
+    model, by_hand = ulma.load_model(small, TOKENIZER), ulma.load_model(small, TOKENIZER)
+    args.log_z = 0.0
+    ulma.train(model, rows, args, tmp_path)
+    rng, step = random.Random(0), 0
+    optimizer = torch.optim.AdamW(by_hand.parameters(), 1e-2, weight_decay=0.0)
+    batches = [ulma.batches_of_like_length(rows, 4, rng) for _ in range(6)]
+    for batch in itertools.chain(*batches):
+        rate = step if step < 1 else (1 + math.cos(math.pi * (step - 1) / 11)) / 2
+        optimizer.param_groups[0]["lr"] = 1e-2 * rate
         optimizer.zero_grad()
-        loss.backward()
-        expected = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
-        assert (gradient - expected).norm() < 1e-3 * expected.norm()
-        for parameter in model.parameters():
-            parameter.grad /= max(expected.norm(), 1)
-        optimizer.param_groups[0]["lr"] = 3e-3 * (1 + math.cos(math.pi * done / 3)) / 2
+        (-ulma.row_logps(by_hand, batch, args)).mean().backward()
+        torch.nn.utils.clip_grad_norm_(by_hand.parameters(), 1.0)
         optimizer.step()
-    loss, *rewards = torch.tensor(figures).mean(0).tolist()
-    assert len(steps) == line["step"] == 3
-    assert line["gradient_norm"] == pytest.approx(expected.norm().item(), rel=1e-3)
-    assert line["loss"] == pytest.approx(loss, rel=1e-4)
-    if "dpo" != flags.split()[0]:  # where a row has several pairs; SFT reads no reference
-        expected = [None, None] if flags == "sft" else pytest.approx(rewards, rel=1e-3)
-        assert [line["reward_positive"], line["reward_negative"]] == expected
+        step += 1
+    assert step == 12
+    assert_close(
+        dict(model.named_parameters()), dict(by_hand.named_parameters()), atol=1e-4, rtol=0
+    )
 
 
-def test_a_pair_weighs_the_mean_of_its_rows(small):
-    model, args = read_model(small / "model"), ulma.read_options(["--method=dpo", "--log-z=0"])
-    losses = []
-    for weights in ((1.0, 1.0), (1.0, 4.0)):
-        pair = [row(weight=w, ref_logp=-2.0, length=n) for w, n in zip(weights, (3, 2))]
-        losses.append(ulma.batch_losses(model, [tuple(pair)], args)[0])
-    assert_close(losses[1], 2.5 * losses[0])
+@pytest.mark.parametrize("name", ["llama", "opt", "mixtral"])
+def test_the_first_rewards_are_beta_log_z_whatever_is_noisy_in_training_mode(name, tmp_path):
+    noise = {"attention_dropout": 0.5, "dropout": 0.5, "router_jitter_noise": 0.1}
+    noise |= {"ffn_dim": 48, "word_embed_proj_dim": 32}
+    args = ulma.read_options(["--epochs=1", "--batch-size=20", "--method=pointwise-dpo"])
+    model = ulma.load_model(stand_in(tmp_path / "model", name, **noise), TOKENIZER)
+    rows = ulma.prepare(rated_rows(), args)
+    ulma.set_reference(model, rows, args)
+    ulma.train(model, rows, args, tmp_path)
+    [line] = read(tmp_path / "log.jsonl")
+    expected = pytest.approx(args.beta * args.log_z, abs=1e-4)
+    assert line["reward_positive"] == line["reward_negative"] == expected
 
 
-def test_reward_auc_and_perplexity_are_of_the_test_rows_against_the_reference(run, small):
-    results, out = run("--method pointwise-dpo --gradient-checkpointing --epochs 8")
-    model, reference = read_model(out), read_model(small / "model")
-    gains = [naive_logp(model, row) - naive_logp(reference, row) for row in RATED[:3]]
-    wins = [bool(gains[0] > gain) for gain in gains[1:]]  # the first row alone has label 1
-    assert (results["before"]["reward_auc"], results["after"]["reward_auc"]) == (0.5, sum(wins) / 2)
-    nats = -naive_logp(model, RATED[0], "--average").item()
-    perplexity = pytest.approx(math.exp(nats), rel=1e-4)
-    assert results["after"]["perplexity"] == perplexity
-    again = run("--eval-only", model=out, reference=small / "model")[0]["eval"]
-    assert again == pytest.approx(results["after"])
-    averaged = run("--eval-only --average", model=out)[0]["eval"]
-    assert averaged == {**averaged, "perplexity": perplexity, "reward_auc": None}  # no reference
+def test_a_loss_of_your_own_is_a_function_for_train(small, tmp_path):
+    def unlikelihood(model, rows, args):
+        logps = ulma.row_logps(model, rows, args)
+        return logps, torch.zeros(len(rows))
+
+    args = ulma.read_options(["--epochs=2", "--batch-size=4"])
+    model, rows = ulma.load_model(small, TOKENIZER), rated_rows()
+    before = ulma.all_logps(model, rows, args, "before")
+    ulma.train(model, rows, args, tmp_path, losses_of=unlikelihood)
+    assert ulma.all_logps(model, rows, args, "after").mean() < before.mean() - 1
 
 
-def test_with_a_reference_of_its_own_training_starts_elsewhere(watched, run, small):
-    first, trained = run("--method pointwise-dpo --epochs 8")
-    paths = {"model": trained, "reference": small / "model"}
-    steps, _, results = watched("--method pointwise-dpo --gradient-checkpointing", **paths)
-    model, reference = map(read_model, paths.values())
-    naive_loss("pointwise-dpo", model, reference)[0].backward()
-    expected = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
-    assert (steps[0][1] - expected).norm() < 1e-3 * expected.norm()
-    assert results["before"] == pytest.approx(first["after"])
-    _, [line], _ = watched("--method sft", **paths)  # which reads it only where it is given
-    assert line["reward_positive"] > 0
+def test_a_loss_that_is_not_finite_stops_training(small, tmp_path):
+    def infinite(model, rows, args):
+        losses, rewards = ulma.batch_losses(model, rows, args)
+        return losses * math.inf, rewards
+
+    args = ulma.read_options(["--epochs=1", "--log-z=0"])
+    with pytest.raises(ulma.Mistake, match="not finite"):
+        ulma.train(ulma.load_model(small, TOKENIZER), rated_rows(), args, tmp_path, infinite)
 
 
-@pytest.mark.parametrize("name", ["llama", "opt", "mixtral", "gemma3"])
-def test_rewards_start_at_beta_log_z_whatever_is_noisy_in_training_mode(run, tmp_path, name):
-    nested = {"text_config": NOISY, "vision_config": VISION}
-    stand_in(tmp_path, name, **(nested if name == "gemma3" else NOISY))
-    for more in ("", "--gradient-checkpointing"):
-        results, out = run(f"--epochs 1 --batch-size 10 {more}", model=tmp_path)
-        [line] = read(out / "log.jsonl")
-        start = 0.7 * torch.tensor(results["options"]["log_z"]).float()
-        assert line["reward_positive"] == line["reward_negative"] == start.item() != 0
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_between_two_lines_of_the_log_training_does_not_wait_for_the_gpu(tmp_path):
+    args = ulma.read_options(["--epochs=3", "--batch-size=2", "--log-z=0"])
+    model = ulma.load_model(ulma.EXAMPLE, TOKENIZER).cuda()
+    rows = rated_rows()[:6]  # nine steps
+    ulma.set_reference(model, rows, args)
+    write, waiting = ulma.write, []
+
+    def losses_of(*given):
+        torch.cuda.set_sync_debug_mode("error")
+        waiting.append(given)
+        if len(waiting) == 9:  # the last step logs
+            torch.cuda.set_sync_debug_mode("default")
+        return ulma.batch_losses(*given)
+
+    try:
+        ulma.train(model, rows, args, tmp_path, losses_of)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(waiting) == 9 and write is ulma.write
 
 
-def test_checkpointing_runs_each_block_again(run):
-    def count(module, *_):
-        calls.append(torch.is_grad_enabled() and type(module).__name__ == "LlamaMLP")
-
-    calls = []
-    hook = torch.nn.modules.module.register_module_forward_pre_hook(count)
-    run("--gradient-checkpointing")
-    hook.remove()
-    assert sum(calls) == 2 * 2 * 6  # passes, blocks, steps
+# ---- Training: batches ----
 
 
-def test_another_loss_is_another_function_for_train(small, tmp_path):
-    def unlikelihood(model, items, args):
-        losses, rewards, labels = ulma.batch_losses(model, items, args)
-        return -losses, rewards, labels
-
-    args = ulma.read_options(options(small, "--method sft --log-z 0", {}))
-    items = ulma.training_items(ulma.load_items(args, TOKENIZER)[0], "sft")
-    model = ulma.load_model(args.model, args, TOKENIZER)
-    ulma.train(model, items, args, tmp_path, losses_of=unlikelihood)
-    after = ulma.all_logps(model, ulma.rows_of(items), args, "after")
-    assert after.mean() < read(tmp_path / "log.jsonl")[-1]["loss"] < -10
+def random_rows(count):
+    rng = random.Random(0)
+    return [row(i, rng.randrange(5, 500)) for i in range(count)]
 
 
-def test_batches_hold_every_item_once_in_seeded_order_alike_in_length():
-    items = [(row(i, random.Random(i).randrange(5, 500)),) for i in range(1003)]
-    batches, again, other = (ulma.bucketed_batches(items, 8, random.Random(i)) for i in (1, 1, 2))
-    assert batches == again != other and sorted(map(len, batches)) == [3] + [8] * 125
-    assert {item for batch in batches for item in batch} == set(items)
-    lengths = [[len(item[0].input_ids) for item in batch] for batch in batches]
-    assert sum(len(batch) * max(batch) for batch in lengths) < 1.1 * sum(map(sum, lengths))
+def test_an_epoch_has_every_row_once_and_one_smaller_batch_at_most():
+    rows = random_rows(1003)
+    batches = ulma.batches_of_like_length(rows, 8, random.Random(0))
+    assert sorted(map(len, batches)) == [3] + [8] * 125
+    assert set(itertools.chain(*batches)) == set(rows)
 
 
-DEVICE = """
-import collections, json, sys, torch, traceback, ulma
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils import _pytree, _python_dispatch, backend_registration
-backend_registration._setup_privateuseone_for_python_backend("pretend")
-torch.get_device_module("pretend").get_amp_supported_dtype = lambda: [torch.bfloat16]
-torch.__future__.set_overwrite_module_params_on_conversion(True)
-device, waits = FakeTensorMode(), collections.Counter()
-def to_fake(x):
-    return device.from_tensor(x) if type(x) in (torch.Tensor, torch.nn.Parameter) else x
-class Pretend(_python_dispatch.TorchDispatchMode):
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        leaves = _pytree.tree_leaves((args, kwargs))
-        if not any(isinstance(x, FakeTensor) or getattr(x, "type", 0) == "pretend" for x in leaves):
-            return op(*args, **kwargs)
-        number = op is torch.ops.aten._local_scalar_dense.default
-        if number or getattr(kwargs.get("device"), "type", 0) == "cpu":  # the CPU waits
-            waits["train" in [frame.name for frame in traceback.extract_stack()]] += 1
-            return 0.5 if number else torch.full(args[0].shape, 0.5)
-        with device:
-            return op(*_pytree.tree_map(to_fake, args), **_pytree.tree_map(to_fake, kwargs))
-ulma.sample = lambda model, tokenizer, rows, args: [[("x", 1, True)]] * len(rows)
-ulma.save_model = lambda *_: None
-with Pretend():
-    ulma.main(sys.argv[1:])
-print(json.dumps([waits[True], waits[False]]))
-"""
+def test_batches_need_little_padding():
+    batches = ulma.batches_of_like_length(random_rows(1000), 8, random.Random(0))
+    lengths = [[len(row.input_ids) for row in batch] for batch in batches]
+    padded = sum(len(batch) * max(batch) for batch in lengths)
+    assert padded < 1.2 * sum(map(sum, lengths))
 
 
-def test_on_a_device_without_data_training_waits_only_where_it_logs(small, tmp_path):
-    flags = "--method pointwise-dpo --gradient-checkpointing --epochs 5"
-    argv = [sys.executable, "-c", DEVICE, *options(small, flags, {"output_dir": tmp_path})]
-    output = subprocess.run(argv, cwd=HERE, stdout=subprocess.PIPE, check=True).stdout
-    in_train, elsewhere = json.loads(output.splitlines()[-1])
-    log = read(tmp_path / "log.jsonl")
-    assert [line["step"] for line in log] == [10, 15] and elsewhere > 0
-    assert in_train <= 4 * len(log)  # the loss, rewards with labels, the gradient's norm
+@pytest.mark.parametrize("count", [100, 1000])
+def test_rows_that_meet_in_an_epoch_seldom_meet_in_the_next(count):
+    rows, rng = random_rows(count), random.Random(0)
+    meetings = []
+    for _ in range(2):
+        batches = ulma.batches_of_like_length(rows, 8, rng)
+        pairs = [itertools.permutations(batch, 2) for batch in batches]
+        meetings.append(set(itertools.chain(*pairs)))
+    assert len(meetings[0] & meetings[1]) < 0.4 * len(meetings[0])
 
 
-# ---- Reading and evaluation ----
-HH = "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Bye\n\nAssistant:"
-BYE = "<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n"
+def test_the_rows_of_the_smaller_batch_are_drawn_at_random():
+    rows, lengths = random_rows(33), []
+    for seed in range(200):
+        batches = ulma.batches_of_like_length(rows, 32, random.Random(seed))
+        [alone] = min(batches, key=len)
+        lengths.append(len(alone.input_ids))
+    mean_length = sum(len(row.input_ids) for row in rows) / 33
+    assert ulma.mean(lengths) == pytest.approx(mean_length, rel=0.15)
+
+
+def test_the_order_follows_the_seed():
+    rows = random_rows(100)
+    one, same, other = (ulma.batches_of_like_length(rows, 8, random.Random(i)) for i in (1, 1, 2))
+    assert one == same != other
+
+
+# ---- Evaluation ----
+
+
+@pytest.mark.parametrize(
+    "scores, labels, share",
+    [
+        ([3.0, 1.0], [1.0, 0.0], 1.0),
+        ([1.0, 3.0], [1.0, 0.0], 0.0),
+        ([1.0, 1.0], [1.0, 0.0], 0.5),
+        ([1.0, 3.0, 2.0, 2.0], [1.0, 0.5, 0.5, 0.0], 0.3),
+        ([1.0, 2.0], [1.0, 1.0], None),
+        ([1.0, math.nan], [1.0, 0.0], None),
+    ],
+)
+def test_reward_auc_is_the_share_of_pairs_in_order_with_ties_a_half(scores, labels, share):
+    assert ulma.concordance(torch.tensor(scores), torch.tensor(labels)) == share
+
+
+@pytest.mark.parametrize("flags", ["", "--average"])
+def test_perplexity_is_that_of_the_tokens_of_positive_responses(small, logps_of, flags):
+    args, rows = options(flags), rated_rows()
+    model = ulma.load_model(small, TOKENIZER)
+    metrics, _ = ulma.evaluate(model, TOKENIZER, rows, args)
+    good = [row for row in rows if row.label == 1]
+    tokens = sum(row.response_mask.sum() for row in good)
+    nats = -logps_of(model, good).sum() / tokens
+    assert metrics["perplexity"] == pytest.approx(nats.exp().item(), rel=1e-4)
+    assert metrics["reward_auc"] is None  # log π_ref is not known
+
+
+@pytest.fixture
+def generating(monkeypatch):
+    """generating(tokens): the model's generate adds these tokens, a list for each prompt."""
+
+    def set_tokens(tokens):
+        def generate(model, input_ids, **_):
+            added = torch.tensor(tokens)
+            return torch.cat([input_ids, added], 1).repeat_interleave(ulma.SAMPLES, 0)
+
+        monkeypatch.setattr(transformers.GenerationMixin, "generate", generate)
+
+    return set_tokens
+
+
+END = TOKENIZER.eos_token_id
+YES = TOKENIZER(" Yes").input_ids
+NO = TOKENIZER(" No").input_ids
+
+
+def asked(count):
+    """Rows with acceptable answers, whose responses end as samples do."""
+    rows = [row(i, answers=["Yes"], group="ab"[i // 2]) for i in range(count)]
+    for one in rows:
+        one.input_ids[-1] = END
+    return rows
+
+
+def test_exact_match_is_the_share_of_acceptable_samples(small, generating):
+    longest = max(len(YES), len(NO)) + 1
+    texts = [text + [END] * (longest - len(text)) for text in (YES, YES, NO, YES)]
+    generating(texts)
+    model = ulma.load_model(small, TOKENIZER)
+    metrics, samples = ulma.evaluate(model, TOKENIZER, asked(4), options())
+    assert samples["0"] == ["Yes"] * ulma.SAMPLES
+    assert metrics["exact_match"] == 0.75
+    assert metrics["exact_match/a"] == 1.0 and metrics["exact_match/b"] == 0.5
+
+
+def test_a_sample_that_was_cut_off_matches_no_answer(small, generating):
+    generating([YES])
+    model = ulma.load_model(small, TOKENIZER)
+    metrics, samples = ulma.evaluate(model, TOKENIZER, asked(1), options())
+    assert samples["0"] == ["Yes"] * ulma.SAMPLES
+    assert metrics["exact_match"] == metrics["sample_ended"] == 0.0
+
+
+def test_samples_have_a_length_an_end_and_a_share_of_distinct_ones(small, generating):
+    generating([[37, END, 0], [37, 38, 39], [37, END, 39]])  # the second is cut off
+    model = ulma.load_model(small, TOKENIZER)
+    metrics, _ = ulma.evaluate(model, TOKENIZER, asked(3), options())
+    assert metrics["sample_length"] == pytest.approx(5 / 3)
+    assert metrics["sample_ended"] == pytest.approx(2 / 3)
+    assert metrics["sample_distinct"] == pytest.approx(2 / 12)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_sample": True, "top_k": 1, "min_p": 0.5, "repetition_penalty": 9.0},
+        {"num_beams": 8, "max_length": 3, "no_repeat_ngram_size": 2, "suppress_tokens": [5]},
+    ],
+)
+def test_samples_are_the_policys_whatever_the_models_own_settings(small, settings):
+    rows, args = rated_rows()[:3], options("--max-new-tokens 8")
+    plain = ulma.sample(ulma.load_model(small, TOKENIZER), TOKENIZER, rows, args)
+    model = ulma.load_model(small, TOKENIZER)
+    model.generation_config = transformers.GenerationConfig(eos_token_id=2, **settings)
+    assert ulma.sample(model, TOKENIZER, rows, args) == plain
+    assert len({one.text for some in plain for one in some}) > 3
+    for name, value in settings.items():
+        assert getattr(model.generation_config, name) == value
+
+
+# ---- Data: files and splits ----
+
+
+def write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def point(i, label=1, **more):
+    return {"prompt": f"Question {i}?", "completion": f" Answer {i}.", "label": label, **more}
+
+
+POINTS = [point(i // 2, i % 2) for i in range(20)]
+
+
+def load(data, flags="", tokenizer=TOKENIZER):
+    """The rows to train on and those to test on."""
+    return ulma.load_rows(ulma.read_options([f"--data={data}", *flags.split()]), tokenizer)
+
+
+def decoded(rows, tokenizer=TOKENIZER):
+    """The prompt and the response of each row, as its tokens have them."""
+    texts = []
+    for row in rows:
+        prompt, response = row.input_ids[~row.response_mask], row.input_ids[row.response_mask]
+        texts.append((tokenizer.decode(prompt), tokenizer.decode(response)))
+    return texts
+
+
+@pytest.fixture
+def read_records(tmp_path):
+    """read_records(records): the rows of records in a file of JSON lines."""
+
+    def read_records(*records, tokenizer=TOKENIZER, flags=""):
+        data = write(tmp_path / "rows.jsonl", records)
+        return load(data, f"--eval-only {flags}", tokenizer)[1]
+
+    return read_records
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet", "rows.json", "rows.jsonl.gz"])
+def test_a_file_is_one_split(tmp_path, name, monkeypatch):
+    table, path = datasets.Dataset.from_list(POINTS), tmp_path / "[a] b" / name
+    if name == "rows.parquet" or name == "rows.json":
+        path = tmp_path / "b" / name
+    path.parent.mkdir()
+    if name == "rows.parquet":
+        table.to_parquet(path)
+    elif name == "rows.json":
+        path.write_text(json.dumps(POINTS))
+    elif name == "rows.jsonl.gz":
+        path = tmp_path / name
+        table.to_json(path, compression="gzip")
+    else:
+        write(path, POINTS)
+    monkeypatch.chdir(path.parent.parent)
+    relative = path.relative_to(path.parent.parent)
+    assert [row.label for row in load(relative, "--eval-only")[1]] == [0, 1] * 10
+    assert len(load(relative)[0]) == 18  # a tenth of the prompts is held out
+
+
+def test_the_files_of_a_folder_are_splits(tmp_path):
+    write(tmp_path / "train.jsonl", POINTS)
+    write(tmp_path / "test.jsonl", [point(30)])
+    write(tmp_path / "other.jsonl", [point(31), point(32)])
+    assert [len(rows) for rows in load(tmp_path)] == [20, 1]
+    assert [len(rows) for rows in load(tmp_path, "--train-split other")] == [2, 1]
+    assert [len(rows) for rows in load(tmp_path, "--test-split other --eval-only")] == [0, 2]
+    assert [len(rows) for rows in load(tmp_path.parent, f"--data-dir {tmp_path.name}")] == [20, 1]
+
+
+def test_several_files_of_a_split_are_read_one_after_the_other(tmp_path):
+    for i in range(3):
+        write(tmp_path / f"train-0000{i}-of-00003.jsonl", [point(i)])
+    write(tmp_path / "test_1.jsonl", [point(7)])
+    write(tmp_path / "test_2.jsonl", [point(8)])
+    rows, test_rows = load(tmp_path)
+    assert [row.prompt[9] for row in rows + test_rows] == ["0", "1", "2", "7", "8"]
+
+
+@pytest.mark.parametrize("flags", ["", "--train-split a --test-split x", "--test-split x"])
+def test_a_missing_split_is_told_with_those_that_are_there(tmp_path, flags):
+    write(tmp_path / "a.jsonl", POINTS)
+    write(tmp_path / "b.jsonl", POINTS)
+    with pytest.raises(ulma.Mistake, match=r"there is no such split, only a, b"):
+        load(tmp_path, flags)
+
+
+def test_without_a_test_split_a_seeded_tenth_of_the_prompts_is_held_out(tmp_path, capsys):
+    path = write(tmp_path / "rows.jsonl", [point(i % 50) for i in range(100)])
+    rows, test_rows = load(path)
+    prompts, test_prompts = {row.prompt for row in rows}, {row.prompt for row in test_rows}
+    assert (len(prompts), len(test_prompts)) == (45, 5) and not prompts & test_prompts
+    assert "5 of 50 prompts are held out" in capsys.readouterr().out
+    assert {row.prompt for row in load(path)[1]} == test_prompts
+    assert {row.prompt for row in load(path, "--seed 1")[1]} != test_prompts
+
+
+def test_splits_of_parquet_are_read_by_their_names(tmp_path):
+    (tmp_path / "data").mkdir()
+    for i, name in enumerate(("train_prefs", "test_prefs", "train_sft")):
+        path = tmp_path / "data" / f"{name}-00000-of-00001.parquet"
+        datasets.Dataset.from_list([point(i)]).to_parquet(path)
+    card = "---\nconfigs:\n- config_name: default\n  data_files:\n"
+    for name in ("train_prefs", "test_prefs", "train_sft"):
+        card += f"  - split: {name}\n    path: data/{name}-*\n"
+    (tmp_path / "README.md").write_text(f"{card}---\n")
+    rows, test_rows = load(tmp_path, "--train-split train_prefs --test-split test_prefs")
+    assert [row.prompt for row in rows + test_rows] == ["Question 0?", "Question 1?"]
+
+
+def test_a_data_set_from_the_hub_is_read_by_its_name(monkeypatch):
+    split = datasets.Dataset.from_list(POINTS)
+
+    def load_dataset(path, data_dir):
+        assert (path, data_dir) == ("someone/rows", "graded")
+        return datasets.DatasetDict(train=split, test=split.select([1]))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert [len(rows) for rows in load("someone/rows", "--data-dir graded")] == [20, 1]
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.tsv"])
+def test_csv_is_refused(tmp_path, name):
+    datasets.Dataset.from_list(POINTS).to_csv(tmp_path / name, sep=",\t"[name == "rows.tsv"])
+    with pytest.raises(ulma.Mistake, match="write JSON lines"):
+        load(tmp_path / name)
+
+
+def test_a_label_with_the_names_of_classes_is_refused(tmp_path):
+    rows = [point(i) | {"label": ["accepted", "rejected"][i % 2]} for i in range(20)]
+    table = datasets.Dataset.from_list(rows).class_encode_column("label")
+    table.to_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(ulma.Mistake, match=r"accepted.*write the numbers 0 and 1"):
+        load(tmp_path / "rows.parquet")
+
+
+@pytest.mark.parametrize("text", ["2024-01-31", "42", "true", '"yes"', '{"a": 1}', "null", "NA"])
+def test_texts_of_json_lines_stay_as_they_stand(read_records, text):
+    chat = point(2) | {"note": [1]}
+    rows = read_records(point(1, completion=text), chat, point(3) | {"note": "x"})
+    assert decoded(rows)[0] == ("Question 1?", f"{text}<eos>")
+
+
+def test_a_label_is_not_changed_by_the_labels_of_other_rows(read_records):
+    for label in (5, -1, 2.5, "1"):
+        with pytest.raises(ulma.Mistake, match="row 2: its label is"):
+            read_records(point(1, True), point(2, label))
+
+
+# ---- Data: records ----
+
+
+def test_columns_that_are_not_read_and_rows_that_are_too_long_are_told(read_records, capsys):
+    long = point(8, completion=" more" * 30)
+    rows = read_records(*POINTS, long, point(9, image="cat.png"), flags="--max-length 25")
+    printed = capsys.readouterr().out
+    assert len(rows) == 21 and "21 rows" in printed and "1 too long" in printed
+    assert "columns not read: image;" in printed
+    assert "plain text" in printed
+    assert r"prompt   'Question 0?'" in printed and r"response ' Answer 0.<eos>'" in printed
+
+
+def test_a_row_of_just_the_greatest_length_is_kept(read_records):
+    [one] = read_records(POINTS[0])
+    assert read_records(POINTS[0], flags=f"--max-length {len(one.input_ids)}")
+
+
+def test_a_score_is_read_with_continuous_alone(read_records):
+    record = point(1, label=0, score=0.25)
+    assert [row.label for row in read_records(record)] == [0.0]
+    assert [row.label for row in read_records(record, flags="--continuous")] == [0.25]
+    del record["score"]
+    assert [row.label for row in read_records(record, flags="--continuous")] == [0.0]
+
+
+def test_a_pair_is_two_rated_responses(read_records):
+    record = {"prompt": "Hi", "chosen": " Good.", "rejected": " Bad.", "weight": 2}
+    rows = read_records(record, point(1))
+    assert decoded(rows)[:2] == [("Hi", " Good.<eos>"), ("Hi", " Bad.<eos>")]
+    assert [(row.label, row.weight) for row in rows] == [(1, 2), (0, 2), (1, 1)]
+
+
+def test_empty_chosen_and_rejected_beside_a_completion_are_no_pair(read_records):
+    rows = read_records(point(1, 0, chosen="", rejected=""))
+    assert decoded(rows) == [("Question 1?", " Answer 1.<eos>")]
+
+
+def test_a_transcript_of_hh_rlhf_ends_with_its_response(read_records):
+    opening = "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Bye\n\nAssistant:"
+    rows = read_records({"chosen": f"{opening} Good.", "rejected": f"{opening} Bad."})
+    assert decoded(rows) == [(opening, " Good.<eos>"), (opening, " Bad.<eos>")]
+
+
+def words(single="$A"):
+    """A tokenizer to which the word "7" is token 7; single says what it writes around a text."""
+    names = ["<unk>", "<bos>", "<eos>", *map(str, range(3, 61)), "[gMASK]", "<sop>"]
+    numbers = {name: i for i, name in enumerate(names)}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(numbers, unk_token="<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = TemplateProcessing(single, special_tokens=list(numbers.items()))
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>"
+    )
+
+
+@pytest.mark.parametrize(
+    "single, prompt, response",
+    [
+        ("$A", "10 11", "20 <eos>"),
+        ("<bos> $A", "<bos> 10 11", "20 <eos>"),
+        ("<bos> $A <eos>", "<bos> 10 11", "20 <eos>"),
+        ("<eos> $A", "<eos> 10 11", "20 <eos>"),
+        ("[gMASK] <sop> $A", "[gMASK] <sop> 10 11", "20 <eos>"),
+    ],
+)
+def test_a_text_begins_as_the_tokenizer_begins_one_and_ends_once(
+    read_records, single, prompt, response
+):
+    for completion in ("20", "20 <eos>", "20 <eos>\n"):
+        record = {"prompt": "10 11 ", "completion": completion, "label": 1}
+        rows = read_records(record, tokenizer=words(single))
+        assert decoded(rows, words()) == [(prompt, response)]
+
+
+def test_a_token_across_the_boundary_belongs_to_the_response(read_records):
+    record = {"prompt": "10 1", "completion": "1 20", "label": 1}
+    assert decoded(read_records(record, tokenizer=words()), words()) == [("10", "11 20 <eos>")]
+
+
+def test_a_prompt_without_a_token_of_its_own_is_refused(read_records):
+    with pytest.raises(ulma.Mistake, match="no token of its own"):
+        read_records({"prompt": "1", "completion": "1 20", "label": 1}, tokenizer=words())
+
+
+# ---- Data: conversations ----
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -528,45 +1028,12 @@ PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 THINK = "<think>\n\n</think>\n\n"
 LAST = "{% if loop.last and m.role == 'assistant' %}" + THINK + "{% endif %}{{ m.content }}"
 QWEN3 = CHATML.replace("{{ m.content }}", LAST)
-TURNS = {  # template, BOS, EOS: the prompt, and what is before and after the answer
-    (CHATML, None, "<|im_end|>"): (BYE, "", "<|im_end|>"),
-    (CHATML, None, "<eos>"): (BYE, "", "<|im_end|>"),
-    (PHI3, None, "<eos>"): ("<|user|>\nBye<|end|>\n<|assistant|>\n", "", "<|end|>"),
-    (GEMMA, "<bos>", "<eos>"): ("<bos><turn>user\nBye<eot>\n<turn>assistant\n", "", "<eot>"),
-    (PLAIN, "<s>", "<eos>"): ("user: Bye\n", "assistant: ", "<eos>"),
-    (QWEN3, None, "<|im_end|>"): (BYE, THINK, "<|im_end|>"),
-    (None, None, "<eos>"): ("Bye", "", "<eos>"),  # texts
-}
-TOKENS = [  # what is around texts; a prompt and a response; their tokens
-    ("$A", "10 11 ", "20", "10 11", "20 <eos>"),
-    ("<bos> $A", "10 11 ", "20", "<bos> 10 11", "20 <eos>"),
-    ("<bos> $A", "<bos> 10 11 ", "20 <eos>", "<bos> 10 11", "20 <eos>"),
-    ("<bos> $A <eos>", "10 11 ", "20", "<bos> 10 11", "20 <eos>"),
-    ("<eos> $A", "10 11 ", "20", "<eos> 10 11", "20 <eos>"),
-    ("[gMASK] <sop> $A", "10 11 ", "20", "[gMASK] <sop> 10 11", "20 <eos>"),
-    ("<bos> $A", "10 1", "1 20", "<bos> 10", "11 20 <eos>"),  # a token across the boundary
-]
-
-
-def load(data, flags="", tokenizer=TOKENIZER):
-    return ulma.load_items(ulma.read_options([f"--data={data}", *flags.split()]), tokenizer)
-
-
-def items_of(*records, tokenizer=TOKENIZER, flags=""):
-    with tempfile.TemporaryDirectory() as folder:
-        data = write(Path(folder) / "rows.jsonl", records)
-        return load(data, f"--eval-only {flags}", tokenizer)[1]
-
-
-def decoded(items, tokenizer=TOKENIZER):
-    """The prompt and the response of each row, as its tokens have them."""
-    rows = [(row.input_ids, row.response_mask) for row in ulma.rows_of(items)]
-    return [(tokenizer.decode(ids[~mask]), tokenizer.decode(ids[mask])) for ids, mask in rows]
+BYE = "<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n"
 
 
 def chat_tokenizer(template=CHATML, bos=None, eos="<|im_end|>"):
     """data/base's tokenizer with a chat template, more tokens and, if it is given, BOS."""
-    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    tokenizer = AutoTokenizer.from_pretrained(ulma.EXAMPLE)
     extra = ["<|im_start|>", "<|im_end|>", "<|end|>", "<turn>", "<eot>", "<b>", "</b>"]
     tokenizer.add_special_tokens({"eos_token": eos, "additional_special_tokens": extra})
     tokenizer.chat_template = template
@@ -578,585 +1045,375 @@ def chat_tokenizer(template=CHATML, bos=None, eos="<|im_end|>"):
 
 
 def chat(*contents):
-    roles = itertools.cycle(("user", "assistant"))
-    return [{"role": role, "content": text} for role, text in zip(roles, contents)]
+    """Messages of the user and the assistant in turn."""
+    messages = []
+    for i, content in enumerate(contents):
+        messages.append({"role": ("user", "assistant")[i % 2], "content": content})
+    return messages
 
 
-def answer(content="x", prompt="Hi", **more):
-    last = {"role": "assistant", "content": content, **more}
-    return {"prompt": chat(prompt), "completion": [last], "label": 1}
+def answer(content="x", **more):
+    message = {"role": "assistant", "content": content, **more}
+    return {"prompt": chat("Hi"), "completion": [message], "label": 1}
 
 
 ASKED = chat("Hi", "Hello!", "Bye")
-GOOD, BAD = ([{"role": "assistant", "content": text}] for text in ("Good.", "Bad."))
-FORMS = [
-    {"prompt": ASKED, "chosen": GOOD, "rejected": BAD},
-    {"chosen": ASKED + GOOD, "rejected": ASKED + BAD},
-    {"prompt": ASKED, "chosen": ASKED + GOOD, "rejected": ASKED + BAD},
-    {"prompt": "Bye", "chosen": ASKED + GOOD, "rejected": ASKED + BAD},  # UltraFeedback
-    {"prompt": ASKED, "completion": "Good.", "label": True, "rejected": None},
-    {"prompt": [m | {"name": None} for m in ASKED], "completion": GOOD, "label": 1},
-    {"prompt": None, "completion": ASKED + GOOD, "label": True},
-]
-SYSTEM = {"prompt": [{"role": "system", "content": "Hi"}, *chat("Hi")]}  # the same text twice
-REFUSED = [  # an edit of CHATML, a record, what is told
-    ("in messages", "in messages if m.role != 'system'", SYSTEM, "leaves out or changes"),
-    ("in messages", "in messages[-2:]", {"prompt": ASKED}, "leaves out or changes"),
-    ("m.content", "m.content | upper", {}, "leaves out or changes"),
-    ("m.content", "m.content.split('</t>')[-1]", answer("<t>a</t>b"), "leaves out or changes"),
-    ("assistant\n{% endif", "assistant\n<think>\n{% endif", {}, "<think>"),
-    ("<|im_start|>assistant\n{% endif", "<|im_start|>bot\n{% endif", {}, "bot"),
-    ("{% for", "{{ raise_exception('no such role') }}{% for", {}, "no such role"),
-    *(("", "", answer(**{key: "y"}), "role and a content") for key in ("reasoning", "name")),
-    *(("", "", answer(text), "role and a content") for text in ([{"type": "text"}], None, 5)),
-    ("", "", answer(tool_calls=[{"function": {"name": "x"}}]), "role and a content"),
-    *(("", "", {"prompt": asked}, "answer of the assistant") for asked in ([], ASKED[:2])),
-    ("", "", {"completion": chat("I am the user")}, "answer of the assistant"),
-    ("", "", {"prompt": "Ho", "completion": ASKED + GOOD}, "the prompt"),
-    ("", "", {"prompt": "Q: Hi", "completion": "Q: Hi A: Ho"}, "repeats the prompt"),
-]
-PAIRS = [  # and the labels of their items
-    ({"prompt": HH, "chosen": " Good.", "rejected": " Bad.", "score": 5}, [[1, 0]]),
-    ({"chosen": f"{HH} Good.", "rejected": f"{HH} Bad."}, [[1, 0]]),  # HH-RLHF
-    ({"chosen": f"{HH} Good.", "rejected": HH}, [[1, 0]]),
-    ({"chosen": f"{HH} Good.", "rejected": f"{HH.replace('Hello!', 'What?')} Good."}, [[1], [0]]),
-    ({"chosen": chat("A", "B", "C", "D"), "rejected": chat("A", "X", "C", "D")}, [[1], [0]]),
-    ({"chosen": chat("A", "B"), "rejected": chat("Another", "B")}, [[1], [0]]),
-]
+GOOD, BAD = [{"role": "assistant", "content": "Good."}], [{"role": "assistant", "content": "Bad."}]
 
 
-@pytest.mark.parametrize("record", FORMS)
-def test_a_conversation_is_read_in_every_form(record):
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": ASKED, "chosen": GOOD, "rejected": BAD},
+        {"chosen": ASKED + GOOD, "rejected": ASKED + BAD},
+        {"prompt": ASKED, "chosen": ASKED + GOOD, "rejected": ASKED + BAD},
+        {"prompt": "Bye", "chosen": ASKED + GOOD, "rejected": ASKED + BAD},  # UltraFeedback
+        {"prompt": ASKED, "completion": "Good.", "label": True, "rejected": None},
+        {"prompt": [m | {"name": None, "tool_calls": []} for m in ASKED], "completion": GOOD}
+        | {"label": 1},
+        {"prompt": None, "completion": ASKED + GOOD, "label": True},
+    ],
+)
+def test_a_conversation_is_read_in_every_form(read_records, record):
     prompt = f"<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>\n{BYE}"
-    responses = ["Good.<|im_end|>", "Bad.<|im_end|>"][: 1 + ("chosen" in record)]
-    [item] = items_of(record, tokenizer=chat_tokenizer())
-    assert decoded([item], chat_tokenizer()) == [(prompt, text) for text in responses]
+    expected = [(prompt, "Good.<|im_end|>"), (prompt, "Bad.<|im_end|>")]
+    rows = read_records(record, tokenizer=chat_tokenizer())
+    assert decoded(rows, chat_tokenizer()) == expected[: len(rows)]
+    assert len(rows) == (2 if "chosen" in record else 1)
 
 
-@pytest.mark.parametrize("content", ["Good.", "<b>Good.</b>", "One<|im_start|> or <b>"])
-@pytest.mark.parametrize("deployment", TURNS)
-def test_a_response_ends_with_its_turn_whatever_tokens_are_in_it(deployment, content):
-    opening, before, after = TURNS[deployment]
-    tokenizer = chat_tokenizer(*deployment)
-    record = answer(content, "Bye") if deployment[0] else point(0, prompt="Bye", completion=content)
-    [(row,)] = items_of(record | {"answers": [content, "Fine."]}, tokenizer=tokenizer)
-    assert decoded([(row,)], tokenizer) == [(opening, before + content + after)]
-    assert list(row.answers) == [before + content, f"{before}Fine."]
-
-
-@pytest.mark.parametrize("old, new, record, told", REFUSED)
-def test_what_would_be_read_otherwise_than_meant_is_refused(old, new, record, told):
-    with pytest.raises(ulma.Mistake, match=f"rows.jsonl: train row 1: .*{re.escape(told)}"):
-        items_of(answer() | record, tokenizer=chat_tokenizer(CHATML.replace(old, new)))
-
-
-def words(single="$A"):
-    """A tokenizer to which the word "7" is token 7; single says what it writes around texts."""
-    names = ["<unk>", "<bos>", "<eos>", *map(str, range(3, 61)), "[gMASK]", "<sop>"]
-    numbers = {name: i for i, name in enumerate(names)}
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(numbers, unk_token="<unk>"))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    backend.post_processor = TemplateProcessing(single, special_tokens=list(numbers.items()))
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>")
-
-
-@pytest.mark.parametrize("single, prompt, text, opening, response", TOKENS)
-def test_texts_start_as_the_tokenizer_starts_them(single, prompt, text, opening, response):
-    items = items_of(point(0, prompt=prompt, completion=text), tokenizer=words(single))
-    assert decoded(items, words()) == [(opening, response)]
-
-
-def test_unknown_tokens_and_prompts_without_a_token_are_refused():
-    for prompt, text in (("10 ", "1"), ("10 x ", "11"), ("1", "1 20")):
-        with pytest.raises(ulma.Mistake, match=r"does not know|no token of its own"):
-            items_of(point(0, prompt=prompt, completion=text), tokenizer=words())
-
-
-@pytest.mark.parametrize("record, labels", PAIRS)
-def test_a_pair_is_one_item_where_its_prompts_are_equal(record, labels):
-    items = items_of(record, tokenizer=chat_tokenizer(eos="<eos>"))
-    assert [[row.label for row in item] for item in items] == labels
-    assert isinstance(record["chosen"], list) or decoded(items)[0] == (HH, " Good.<eos>")
-    assert ulma.training_items(items, "dpo") == [item for item in items if len(item) == 2]
-
-
-def test_without_pairs_dpo_pairs_the_responses_of_each_prompt():
-    items = items_of(*(point(i // 3, int(i % 3 == 1), weight=i) for i in range(6)), point(7))
-    paired = ulma.training_items(items, "dpo")
-    assert [[row.weight for row in pair] for pair in paired] == [[1, 0], [1, 2], [4, 3], [4, 5]]
-
-
-def test_files_folders_and_formats_hold_the_same_rows(tmp_path):
-    table = datasets.Dataset.from_list(POINTS)
-    card = "---\nconfigs:\n- config_name: default\n  sep: ';'\n  data_files: rows.csv\n---\n"
-    write(tmp_path / "card" / "README.md", []).write_text(card)
-    for file, sep in {"card/rows.csv": ";", "rows.csv": ",", "rows.tsv": "\t"}.items():
-        table.to_csv(tmp_path / file, sep=sep)
-    table.to_parquet(tmp_path / "rows.parquet")
-    for file in ("[a] *b*/rows[1].jsonl", "folder/one/train.jsonl", "folder/two/train.jsonl"):
-        write(tmp_path / file, POINTS)
-    for file in ("[a] *b*/rows[1].jsonl", "rows.csv", "rows.tsv", "rows.parquet", "card", "folder"):
-        items = load(tmp_path / file, "--eval-only" + " --data-dir=two" * (file == "folder"))[1]
-        rows = [(row.prompt, row.label) for (row,) in items]
-        assert rows == [(point["prompt"], point["label"]) for point in POINTS]
-    with pytest.raises(ulma.Mistake, match="brackets"):
-        load(tmp_path / "[a] *b*")
-
-
-def test_a_csv_is_read_as_it_is_written(tmp_path):
-    path = tmp_path / "rows.csv"
-    path.write_text('prompt,completion,label\nA?,NA,1\nB?," ""Yes"", he said",0\n')
-    texts = decoded([*itertools.chain(*load(path))], TOKENIZER)
-    assert sorted(texts) == [("A?", "NA<eos>"), ("B?", ' "Yes", he said<eos>')]
-
-
-def test_splits_serve_by_their_names(tmp_path):
-    (tmp_path / "data").mkdir()
-    for i, name in enumerate(("a", "b", "test")):
-        path = tmp_path / "data" / f"{name}-00000-of-00001.parquet"
-        datasets.Dataset.from_list([point(i)]).to_parquet(path)
-    served = {"--train-split a": "02", "--train-split b --test-split a": "10", "--eval-only": "2"}
-    served |= {"--test-split b --eval-only": "1", "--train-split b --test-split b": "11"}
-    for flags, numbers in served.items():
-        items = itertools.chain(*load(tmp_path, flags))
-        assert "".join(row.prompt[9] for (row,) in items) == numbers
-    for flags in ("", "--train-split a --test-split x", "--test-split x --eval-only"):
-        with pytest.raises(ulma.Mistake, match="its splits are"):
-            load(tmp_path, flags)
-
-
-def test_without_a_test_split_a_seeded_tenth_of_the_prompts_is_held_out(tmp_path, capsys):
-    path = write(tmp_path / "rows.jsonl", [point(i % 50) for i in range(100)])
-    parts = [load(path, f"--seed={seed}") for seed in (0, 0, 1)]
-    one, again, other = ([{item[0].prompt for item in items} for items in part] for part in parts)
-    assert one == again != other and list(map(len, one)) == [45, 5] and not one[0] & one[1]
-    assert "a tenth" in capsys.readouterr().out
-
-
-def test_a_data_set_from_the_hub_is_read_by_name(monkeypatch):
-    hub = {("someone/rows", "graded"): {"test": datasets.Dataset.from_list(POINTS[:3])}}
-    monkeypatch.setattr(datasets, "load_dataset", lambda path, data_dir: hub[path, data_dir])
-    items = load("someone/rows", "--data-dir=graded --eval-only")[1]
-    assert [row.label for (row,) in items] == [0, 1, 0]
-
-
-def test_what_is_left_out_is_told(capsys):
-    rows = [point(8, completion=" more" * 30), point(9, image="cat.png", history="Hi")]
-    long = {"prompt": "Hi", "chosen": " Yes" * 30, "rejected": " No", "rating": 5}
-    for records, count, columns in (
-        ([*POINTS, *rows], 21, "columns image, history"),
-        ([rows[0], *POINTS], 20, "columns (none)"),
-        ([long, long | {"chosen": " Yes"}], 1, "columns rating"),
-    ):
-        assert len(items_of(*records, flags="--max-length 25")) == count
-        told = capsys.readouterr().out
-        assert f" {count} rows" in told and " 1 over --max-length" in told and columns in told
-    [(exact,)] = items_of(POINTS[0])
-    assert len(items_of(POINTS[0], flags=f"--max-length {len(exact.input_ids)}")) == 1
-
-
-def test_reward_auc_is_the_share_of_pairs_in_order_with_ties_a_half():
-    graded = [1.0, 3.0, 2.0, 2.0], [1.0, 0.5, 0.5, 0.0], 0.3
-    for scores, labels, share in ([3.0, 1.0], [1, 0], 1), ([1.0, 1.0], [1, 1], None), graded:
-        assert ulma.concordance(torch.tensor(scores), torch.tensor(labels)) == share
-
-
-def test_exact_match_counts_answers_special_tokens_and_all(run, tmp_path, monkeypatch):
-    tokenizer = chat_tokenizer(None, eos="<eos>")
-    model = stand_in(tmp_path / "model", tokenizer=tokenizer)
-    rows = [point(i, answers=[" <b>Yes</b>", " Sure."], group="ab"[i // 2]) for i in range(3)]
-    texts = [" <b>Yes</b><eos> no", "Sure.<eos>", " Yes<eos>"]
-    added = tokenizer(texts, padding=True, return_tensors="pt").input_ids
-
-    def generate(model, input_ids, **_):
-        return torch.cat([input_ids, added], 1).repeat_interleave(ulma.SAMPLES, 0)
-
-    monkeypatch.setattr(transformers.GenerationMixin, "generate", generate)
-    metrics, out = run("--eval-only", model=model, data=write(tmp_path / "test.jsonl", rows))
-    shares = [metrics["eval"][f"exact_match{name}"] for name in ("", "/a", "/b")]
-    assert shares == pytest.approx([2 / 3, 1, 0])
-    assert read(out / "samples.jsonl")[0] == {"prompt": "Question 0?", "eval": ["<b>Yes</b>"] * 4}
-
-
-def test_of_samples_the_length_the_share_that_ended_and_the_distinct_ones_are_told(
-    run, tmp_path, monkeypatch
+@pytest.mark.parametrize("content", ["Good.", "<b>Good.</b>", "One<|im_start|> or <b>", "end"])
+@pytest.mark.parametrize(
+    "template, bos, eos, prompt, before, end",
+    [
+        (CHATML, None, "<|im_end|>", BYE, "", "<|im_end|>"),
+        (CHATML, None, "<eos>", BYE, "", "<|im_end|>"),
+        (PHI3, None, "<eos>", "<|user|>\nBye<|end|>\n<|assistant|>\n", "", "<|end|>"),
+        (GEMMA, "<bos>", "<eos>", "<bos><turn>user\nBye<eot>\n<turn>assistant\n", "", "<eot>"),
+        (PLAIN, "<s>", "<eos>", "user: Bye\n", "assistant: ", "<eos>"),
+        (QWEN3, None, "<|im_end|>", BYE, THINK, "<|im_end|>"),
+    ],
+)
+def test_a_response_ends_with_its_turn_whatever_is_in_it(
+    read_records, template, bos, eos, prompt, before, end, content
 ):
-    model = stand_in(tmp_path / "model", tokenizer=chat_tokenizer(None, eos="<eos>"))
-    end = AutoTokenizer.from_pretrained(model).eos_token_id
-    added = torch.tensor([[7, end, 0], [7, 8, 9], [7, end, 9]])  # the second is cut off
-
-    def generate(model, input_ids, **_):
-        return torch.cat([input_ids, added], 1).repeat_interleave(ulma.SAMPLES, 0)
-
-    monkeypatch.setattr(transformers.GenerationMixin, "generate", generate)
-    data = write(tmp_path / "test.jsonl", [point(i) for i in range(3)])
-    metrics = run("--eval-only", model=model, data=data)[0]["eval"]
-    figures = [metrics[f"sample_{name}"] for name in ("length", "ended", "distinct")]
-    assert figures == pytest.approx([5 / 3, 2 / 3, 2 / 12])
+    tokenizer = chat_tokenizer(template, bos, eos)
+    record = {"prompt": "Bye", "completion": [{"role": "assistant", "content": content}]}
+    record |= {"label": 1, "answers": [content, "Fine."]}
+    rows = read_records(record, tokenizer=tokenizer)
+    assert decoded(rows, tokenizer) == [(prompt, before + content + end)]
+    assert rows[0].answers == [before + content, f"{before}Fine."]
 
 
-def test_samples_are_the_policys_whatever_the_models_settings_which_stay(run, small, tmp_path):
-    def samples(flags="", **paths):
-        lines = read(run(f"--eval-only {flags}", **paths)[1] / "samples.jsonl")
-        return [text for line in lines for text in line["eval"]]
-
-    plain, longest = samples(), max(map(len, TOKENIZER.get_vocab()))
-    assert len(set(plain)) == 3 * ulma.SAMPLES
-    assert max(map(len, samples("--max-new-tokens 1"))) <= longest < max(map(len, plain))
-    model = shutil.copytree(small / "model", tmp_path / "model")
-    for settings in (
-        {"do_sample": True, "top_k": 1, "min_p": 0.5, "repetition_penalty": 9.0},
-        {"num_beams": 8, "max_length": 3, "no_repeat_ngram_size": 2, "suppress_tokens": [5]},
-    ):
-        write(model / "generation_config.json", [{"eos_token_id": 2, **settings}])
-        assert samples(model=model) == plain
-        saved = run("--epochs 1", model=model)[1] / "generation_config.json"
-        assert settings.items() <= json.loads(saved.read_text()).items()
+def test_the_end_of_a_turn_need_not_be_a_special_token(read_records):
+    tokenizer = AutoTokenizer.from_pretrained(ulma.EXAMPLE)
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer.chat_template = CHATML
+    assert decoded(read_records(answer(), tokenizer=tokenizer), tokenizer)[0][1] == "x<|im_end|>"
 
 
-def test_rows_end_alike_as_texts_and_through_a_template(tmp_path, run):
-    template = "{% for m in messages %}{{ m.content }}{{ '<eot>' if loop.index > 1 }}{% endfor %}"
-    tokenizer, model = chat_tokenizer(template, eos="<end>"), read_model(BASE)
-    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    weight, end = model.get_input_embeddings().weight.data, tokenizer.convert_tokens_to_ids("<eot>")
-    weight[[1, end]] = weight[[end, 1]]
-    for part in (model, tokenizer):
-        part.save_pretrained(tmp_path)
-    texts = write(tmp_path / "texts.jsonl", read(HERE / "data" / "test.jsonl")[:80])
-    chats = [row | {"prompt": chat(row["prompt"])} for row in read(texts)]
-    chats = write(tmp_path / "chats.jsonl", chats)
-    flags = "--eval-only --max-length 128 --max-new-tokens 64"
-    one = run(flags, model=BASE, data=texts)[0]["eval"]
-    other = run(flags, model=tmp_path, data=chats)[0]["eval"]
-    assert other["perplexity"] == pytest.approx(one["perplexity"], rel=1e-3)
-    assert 0.15 < one["exact_match"] == pytest.approx(other["exact_match"], abs=0.12)
+@pytest.mark.parametrize(
+    "old, new, record, told",
+    [  # an edit of CHATML, a record, what is told
+        ("in messages", "in messages[-2:]", {"prompt": ASKED}, "leaves out or changes"),
+        ("m.content", "m.content | upper", {}, "leaves out or changes"),
+        (
+            "in messages",
+            "in messages if m.role != 'system'",
+            {"prompt": [{"role": "system", "content": "Hi"}, *chat("Hi")]},  # the same text twice
+            "leaves out or changes",
+        ),
+        ("assistant\n{% endif", "assistant\n<think>\n{% endif", {}, "<think>"),
+        ("{% for", "{{ raise_exception('no such role') }}{% for", {}, "no such role"),
+        ("", "", answer("</t>x", reasoning="y"), "reasoning"),
+        ("", "", answer([{"type": "text", "text": "x"}]), "a message has"),
+        ("", "", answer(5), "a message has"),
+        ("", "", answer("", tool_calls=[{"function": {"name": "x"}}]), "a message has"),
+        ("", "", answer("x", weight=0), "a message has"),
+        ("", "", {"prompt": [{"role": "prompter", "content": "Hi"}]}, "a message has"),
+        ("", "", {"prompt": [{"role": "User", "content": "Hi"}]}, "a message has"),
+        ("", "", {"prompt": ["Hi"]}, "nor a list of messages"),
+        ("", "", {"completion": 5}, "nor a list of messages"),
+        ("", "", {"completion": None}, "nor a list of messages"),
+        ("", "", {"prompt": []}, "does not end with one answer"),
+        ("", "", {"prompt": ASKED[:2]}, "does not end with one answer"),
+        ("", "", {"completion": chat("I am the user")}, "does not end with one answer"),
+        ("", "", {"prompt": "Ho", "completion": ASKED + GOOD}, "does not hold its prompt"),
+        ("", "", {"prompt": json.dumps(ASKED)}, "written as a text"),
+        ("", "", {"completion": str(GOOD)}, "written as a text"),
+        ("", "", answer(""), "response is empty"),
+        ("", "", answer(" \n"), "response is empty"),
+    ],
+)
+def test_a_conversation_that_would_be_read_otherwise_than_meant_is_refused(
+    read_records, old, new, record, told
+):
+    tokenizer = chat_tokenizer(CHATML.replace(old, new))
+    with pytest.raises(ulma.Mistake, match=f"row 1: .*{told}"):
+        read_records(answer() | record, tokenizer=tokenizer)
 
 
-# ---- Models and mistakes ----
-A, B = json.dumps(point(1)), json.dumps(point(2, 0))
-NUMBERS = "--beta=0 --max-length=0 --max-new-tokens=0 --epochs=-1 --learning-rate=nan --log-z=inf"
-NAMES = "--methd=sft --method=rlhf --data=nowhere --model=nowhere --lora=-1"
-MISTAKES = {flag: flag.split("=")[0] for flag in f"{NUMBERS} {NAMES}".split()}
-MISTAKES |= {f"--balanced --method {method}": "--balanced" for method in ("dpo", "sft")}
-MISTAKES |= {f"--data {__file__}": "test_ulma", "--data-dir nowhere": "nowhere"}
-MISTAKES |= {
-    f"--output-dir {HERE}": "a finished or another",
-    f"--output-dir {__file__}/x": "test_ulma",
-}
-COLUMNS = {  # rows, with | between them; what the line tells
-    "": "rows.jsonl: train ",
-    f"{A}|{A[:-9]}": "row 1",
-    A.replace("Answer", "\xe9"): "utf-8",
-    A.replace("label", "lable"): "prompt, completion, lable",
-    A.replace(" Answer 1.", ""): "completion",
-    A.replace('" Answer 1."', "5"): "5 was read",
-    A.replace(" Answer 1.", "2024-01-31"): "datetime(2024, 1, 31",
-    A.replace(": 1}", ": 0.5}"): "--continuous",
-    A.replace(": 1}", ': "1"}'): "'1'",
-    f"{A}|{A.replace(': 1}', ': 2}')}": "train row 2: ",
-    '{"chosen": "Hi", "rejected": "\\n\\nAssistant: x"}': "prompt",
-    json.dumps(answer()): "chat_template",
-    json.dumps(point(1, completion=" long" * 99)): "--max-length",
-    "|".join([A] * 9): "label",
-    "|".join(json.dumps(point(i)) for i in range(9)): "the mean label is 1",
-    "|".join(json.dumps(point(i, 0)) for i in range(9)): "the mean label is 0",
-    "|".join([B] * 9): "label",
-    "prompt,completion,label|Please, say yes?, Yes.,1": "more fields",
-    "prompt,chosen,rejected|Please, hello?, Hi., No.": "more fields",
-    'prompt,completion,label|Hi?," It is \\"so\\" here",1': "expected after",  # quotes as Spark's
-}
-COLUMNS |= {json.dumps(point(1, answers=value)): "answers" for value in ("Yes.", [1], {"a": "b"})}
-COLUMNS |= {json.dumps(point(1, weight=value)): "weight" for value in (-1, "2", [1.0])}
-UNFIT = [  # a model, how it is made, what its config.json says instead; what the line tells
-    ("bert", {"hidden_size": 32, "num_attention_heads": 2}, {}, "decoder-only"),
-    ("llama", {"rms_norm_eps": math.nan}, {}, "not finite"),
-    ("llama", {"max_position_embeddings": 71}, {}, "71 tokens"),
-    ("llama", {"tie_word_embeddings": True}, {"tie_word_embeddings": False}, "lm_head.weight"),
-    ("llama", {"attention_bias": True}, {"attention_bias": False}, "bias"),
-    ("llama", {}, {"num_hidden_layers": 1}, "layers.1"),
-    ("llama", {}, {"architectures": ["LlamaRewardModel"]}, "LlamaRewardModel"),
-    ("llama", {}, {"quantization_config": {"quant_method": "fp8"}}, "quantised"),
-]
+# ---- The command line ----
+FAST = "--max-length 64 --max-new-tokens 8 --epochs 2 --learning-rate 3e-3 --batch-size 4"
 
 
-@pytest.mark.parametrize("name, tied", [*itertools.product(("gpt2", "llama"), (True, False))])
-def test_a_model_in_bfloat16_shards_is_trained_and_saved_in_float32(run, tmp_path, name, tied):
+@pytest.fixture
+def run(small, tmp_path):
+    """run(flags, model=…, data=…): the metrics of a short run, with its results in tmp_path/out."""
+
+    def call(flags="", **paths):
+        if "data" not in paths:
+            paths["data"] = tmp_path / "points"
+            write(paths["data"] / "train.jsonl", POINTS)
+            write(paths["data"] / "test.jsonl", [row | {"answers": ["x"]} for row in POINTS[:4]])
+        paths = {"model": small, "output_dir": tmp_path / "out"} | paths
+        named = [f"--{name.replace('_', '-')}={path}" for name, path in paths.items()]
+        return ulma.main([*FAST.split(), *named, *flags.split()])
+
+    return call
+
+
+def error_of(run, flags="", **paths):
+    """The one line that a user's mistake gets."""
+    with redirect_stderr(io.StringIO()) as told, pytest.raises(SystemExit) as stop:
+        run(flags, **paths)
+    [line] = [line for line in told.getvalue().splitlines() if "ulma.py: error: " in line]
+    assert stop.value.code == 2
+    return line
+
+
+def test_the_main_command_aligns_the_example(tmp_path):
+    argv = [sys.executable, "ulma.py", "--method", "ulma", f"--output-dir={tmp_path / 'out'}"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(argv, cwd=ulma.HERE, env=environment, capture_output=True, text=True)
+    results = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    before, after = results["before"], results["after"]
+    assert 0.20 < before["exact_match"] < 0.35 and after["exact_match"] >= 0.8
+    assert after["exact_match/undemonstrated"] > before["exact_match/undemonstrated"] + 0.3
+    assert before["reward_auc"] == 0.5 and after["reward_auc"] > 0.95
+    assert after["perplexity"] < before["perplexity"]
+    assert "ulma: 960 rows, β 3, β log Z -1.61\n" in done.stdout
+    assert "learning rate 0.0003, 5 epochs\n" in done.stdout
+
+
+def test_defaults_follow_the_model_however_its_path_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(ulma.HERE)
+    for model in ("data/base", "./data/../data/base/", str(ulma.EXAMPLE)):
+        args = ulma.read_options([f"--model={model}", f"--data={tmp_path}"])
+        assert (args.beta, args.learning_rate, args.epochs) == (3.0, 3e-4, 5)
+    args = ulma.read_options([f"--model={tmp_path}", "--learning-rate=1e-4", "--data=data"])
+    assert (args.beta, args.learning_rate, args.epochs) == (0.1, 1e-4, 3)
+
+
+def test_another_model_needs_a_learning_rate_but_to_be_evaluated(tmp_path):
+    with pytest.raises(ulma.Mistake, match="try 1e-5 for 7B"):
+        ulma.read_options([f"--model={tmp_path}"])
+    ulma.read_options([f"--model={tmp_path}", "--eval-only"])
+
+
+def test_a_run_leaves_a_model_and_its_results(run, small, tmp_path):
+    results = run("--log-z 0")
+    out = tmp_path / "out"
+    assert json.loads((out / "metrics.json").read_text()) == results
+    assert json.loads((out / "options.json").read_text()) == results["options"]
+    assert set(results) == {"options", "before", "after", "train"}
+    train = results["train"]
+    assert train["samples"] == 40 and train["tokens"] > 40
+    assert train["samples_per_second"] == train["samples"] / train["seconds"]
+    assert [line["step"] for line in read(out / "log.jsonl")] == [10]
+    lines = read(out / "samples.jsonl")
+    assert set(lines[0]) == {"prompt", "before", "after"} and len(lines[0]["after"]) == 4
+    saved = AutoModelForCausalLM.from_pretrained(out).state_dict()
+    before = AutoModelForCausalLM.from_pretrained(small).state_dict()
+    changes = [(saved[name] - before[name]).abs().max() for name in before]
+    assert saved.keys() == before.keys() and 0 < max(changes) < 1
+    assert AutoTokenizer.from_pretrained(out).get_vocab() == TOKENIZER.get_vocab()
+
+
+def test_the_evaluation_of_a_saved_model_is_that_after_training(run, small, tmp_path):
+    after = run("--method pointwise-dpo --epochs 8")["after"]
+    paths = {"model": tmp_path / "out", "output_dir": tmp_path / "again"}
+    assert run("--eval-only", reference=small, **paths)["eval"] == pytest.approx(after)
+
+
+def test_with_a_reference_of_its_own_training_starts_elsewhere(run, small, tmp_path):
+    first = run("--method sft --epochs 8")
+    paths = {"model": tmp_path / "out", "reference": small, "output_dir": tmp_path / "second"}
+    second = run("--method pointwise-dpo --log-z 0", **paths)
+    assert second["before"] == pytest.approx(first["after"])
+    [line] = read(tmp_path / "second" / "log.jsonl")
+    assert line["reward_positive"] > 0.1
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gpt_neox"])
+def test_a_model_in_bfloat16_shards_is_trained_and_saved_in_float32(run, tmp_path, name):
+    tied = name == "gpt2"
     tokenizer = chat_tokenizer(None)
     tokenizer.pad_token = None
-    model = stand_in(tmp_path, name, tokenizer, torch.bfloat16, tie_word_embeddings=tied)
+    model = stand_in(tmp_path / "m", name, tokenizer, torch.bfloat16, tie_word_embeddings=tied)
     assert len(list(model.glob("model-*.safetensors"))) > 1
-    _, out = run(model=model)
-    before, after = (read_model(folder).state_dict() for folder in (model, out))
-    changes = [(after[key] - before[key]).abs().max() for key in before]
-    assert before.keys() == after.keys() and 0 < max(changes) < 1
-    assert AutoModelForCausalLM.from_pretrained(out, dtype="auto").dtype == torch.float32
-    assert AutoTokenizer.from_pretrained(out).pad_token is None  # as it was
+    run(model=model)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert saved.dtype == torch.float32
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").pad_token is None  # as it was
 
 
-@pytest.mark.parametrize("name, made, said, told", UNFIT)
-def test_a_model_that_cannot_be_trained_is_refused(run, tmp_path, name, made, said, told):
-    config = stand_in(tmp_path, name, **made) / "config.json"
-    write(config, [json.loads(config.read_text()) | said])
-    assert told in error_of(run, model=tmp_path)
+def test_a_folder_in_use_is_refused_and_left_as_it_is(run, tmp_path):
+    for name in ("options.json", "notes.txt"):
+        out = tmp_path / name[:3]
+        write(out / name, ["mine"])
+        assert "is not empty" in error_of(run, output_dir=out)
+        assert [path.name for path in out.iterdir()] == [name]
 
 
-def test_pickled_weights_and_a_reference_with_another_tokenizer_are_refused(run, tmp_path):
-    stand_in(tmp_path, tokenizer=words(), vocab_size=768)
-    assert "its tokenizer is not" in error_of(run, reference=tmp_path)
-    TOKENIZER.save_pretrained(tmp_path)
-    for file in tmp_path.glob("*.safetensors*"):
+def test_of_two_runs_at_once_into_one_folder_the_second_stops(run, tmp_path, monkeypatch):
+    """The first writes options.json after the second has seen an empty folder."""
+    out, glob = tmp_path / "out", Path.glob
+
+    def glob_as_before(path, pattern):
+        if path == out:
+            write(out / "options.json", ["the first run's"])
+            return []
+        return glob(path, pattern)
+
+    monkeypatch.setattr(Path, "glob", glob_as_before)
+    assert "options.json" in error_of(run)
+    assert read(out / "options.json") == ["the first run's"]
+
+
+def test_what_cannot_be_saved_is_found_out_before_training(run, tmp_path, monkeypatch):
+    def no_room(*given):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(transformers.PretrainedConfig, "save_pretrained", no_room)
+    assert "No space left" in error_of(run)
+    assert not (tmp_path / "out" / "log.jsonl").exists()
+
+
+A, B = json.dumps(point(1)), json.dumps(point(2, 0))
+
+
+@pytest.mark.parametrize(
+    "lines, told",
+    [
+        ("", "there is no row"),
+        (f"{A}\n{A[:-9]}", "rows.jsonl, line 2"),
+        (A.replace("Answer", "\xe9"), "utf-8"),
+        ("[1, 2]", "no object"),
+        (A.replace("label", "lable"), "label is None.*its columns are prompt, completion, lable"),
+        (A.replace(" Answer 1.", ""), "response is empty"),
+        (A.replace(" Answer 1.", "  "), "response is empty"),
+        (A.replace(" Answer 1.", "<eos>"), "response is empty"),
+        (A.replace('" Answer 1."', "5"), "response is 5, not a text"),
+        (A.replace('"Question 1?"', "5"), "prompt is 5, not a text"),
+        (A.replace(": 1}", ": 0.5}"), "label is 0.5.*--continuous"),
+        (A.replace(": 1}", ': "1"}'), "label is '1'"),
+        (A.replace(": 1}", ': 1,  "weight": -1}'), "weight is -1"),
+        (A.replace(": 1}", ': 1,  "weight": "2"}'), "weight is '2'"),
+        (A.replace(": 1}", ': 1,  "weight": NaN}'), "weight is nan"),
+        (A.replace(": 1}", ': 1,  "answers": "Yes."}'), "answers are 'Yes.'"),
+        (f"{A}\n{A.replace(': 1}', ': 2}')}", "row 2: its label is 2"),
+        ('{"chosen": " Good.", "rejected": ""}', "prompt is ''"),
+        ('{"prompt": "Hi", "chosen": " Good.", "rejected": ""}', "response is empty"),
+        ('{"prompt": "Hi", "chosen": " Good."}', "response is None"),
+        (A.replace(": 1}", ': 1, "chosen": "a", "rejected": "b"}'), "a pair as well"),
+        (json.dumps(answer()), "chat_template"),
+        (json.dumps(point(1, completion=" long" * 99)), "--max-length"),
+        ("\n".join([A] * 9), "only one prompt"),
+        ("\n".join(json.dumps(point(i, 0)) for i in range(9)), "the mean label is 0"),
+    ],
+)
+def test_a_mistake_in_the_data_gets_one_line_and_nothing_is_written(run, tmp_path, lines, told):
+    data = tmp_path / "rows.jsonl"
+    data.write_text(lines, encoding="latin-1")
+    line = error_of(run, data=data)
+    assert re.search(told, line)
+    assert "rows.jsonl" in line or "label" in told
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        ("--beta=0", "--beta"),
+        ("--max-length=0", "--max-length"),
+        ("--epochs=-1", "--epochs"),
+        ("--learning-rate=nan", "--learning-rate"),
+        ("--log-z=inf", "--log-z"),
+        ("--data=nowhere", "nowhere"),
+        ("--model=nowhere", "nowhere"),
+        ("--data-dir=nowhere", "nowhere"),
+        (f"--data={__file__}", "test_ulma"),
+        (f"--output-dir={__file__}/x", "test_ulma"),
+    ],
+)
+def test_a_mistake_in_the_command_gets_one_line(run, flags, told):
+    assert told in error_of(run, flags)
+
+
+@pytest.mark.parametrize("flags", ["--methd=sft", "--method=dpo", "--lora=4"])
+def test_an_unknown_option_is_refused(run, flags):
+    with redirect_stderr(io.StringIO()) as told, pytest.raises(SystemExit):
+        run(flags)
+    assert flags.partition("=")[0] in told.getvalue()
+
+
+def test_quantised_weights_are_refused(run, tmp_path):
+    config = stand_in(tmp_path / "model") / "config.json"
+    plain = json.loads(config.read_text())
+    config.write_text(json.dumps(plain | {"quantization_config": None}))
+    assert run(model=tmp_path / "model")
+    config.write_text(json.dumps(plain | {"quantization_config": {"quant_method": "fp8"}}))
+    assert "quantised" in error_of(run, model=tmp_path / "model", output_dir=tmp_path / "other")
+
+
+def test_missing_weights_are_refused(run, tmp_path):
+    config = stand_in(tmp_path / "model", tie_word_embeddings=True) / "config.json"
+    plain = json.loads(config.read_text())
+    config.write_text(json.dumps(plain | {"tie_word_embeddings": False}))
+    assert "lm_head.weight" in error_of(run, model=tmp_path / "model")
+
+
+def test_weights_that_are_not_finite_stop_the_run(run, tmp_path):
+    model = tiny("llama", vocab_size=768)
+    model.model.layers[1].mlp.down_proj.weight.data[3, 5] = math.nan
+    model.save_pretrained(tmp_path / "model")
+    TOKENIZER.save_pretrained(tmp_path / "model")
+    assert "not finite" in error_of(run, model=tmp_path / "model")
+
+
+def test_weights_that_are_pickled_are_refused(run, tmp_path):
+    model = stand_in(tmp_path / "model")
+    for file in model.glob("*.safetensors*"):
         file.rename(file.with_suffix(".bin"))
-    assert "safetensors" in error_of(run, model=tmp_path)
+    assert "safetensors" in error_of(run, model=model)
 
 
-def test_tokens_without_an_embedding_are_refused_where_a_row_holds_one(run, tmp_path):
-    tokenizer = chat_tokenizer(None, eos="<eos>")
-    model = stand_in(tmp_path / "model", tokenizer=tokenizer, vocab_size=768)
-    assert run(model=model)
-    for token in (tokenizer.convert_ids_to_tokens(768), "<b>"):  # of 768, the first without one
-        for text in (f" {token}", f"It ends{token}.", f"{token} so"):
-            data = write(tmp_path / "rows.jsonl", [*POINTS, point(1, completion=text)])
-            assert token in error_of(run, model=model, data=data)
+def test_a_reference_of_another_vocabulary_is_refused(run, tmp_path):
+    stand_in(tmp_path / "other", tokenizer=words(), vocab_size=768)
+    assert "vocabulary" in error_of(run, reference=tmp_path / "other")
 
 
-@pytest.mark.parametrize("source", [*MISTAKES, *COLUMNS])
-def test_a_mistake_gets_one_line_that_names_it_and_nothing_is_written(run, tmp_path, source):
-    paths = {"output_dir": tmp_path / "out"}
-    if source in COLUMNS:
-        paths["data"] = tmp_path / f"rows.{'csv' if source[:6] == 'prompt' else 'jsonl'}"
-        paths["data"].write_text(source.replace("|", "\n"), encoding="latin-1")
-    told = error_of(run, "" if source in COLUMNS else source, **paths)
-    assert (MISTAKES | COLUMNS)[source] in told and not (tmp_path / "out").exists()
+def test_a_full_memory_is_told_in_one_line(run, monkeypatch):
+    def full(*given):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(ulma, "response_logps", full)
+    assert "out of memory" in error_of(run)
 
 
-def test_several_processes_are_sent_to_the_trainer(run, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "Trainer in README" in error_of(run)
+@pytest.mark.parametrize("name", ["batches_of_like_length", "Row", "concordance", "read_record"])
+def test_a_bug_of_ours_keeps_its_traceback(run, monkeypatch, name):
+    def broken(*given, **more):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(ulma, name, broken)
+    with pytest.raises(ZeroDivisionError):
+        run()
 
 
 def test_a_terminal_that_knows_no_greek_gets_question_marks(run, monkeypatch):
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="cp1252", write_through=True)
     monkeypatch.setattr(sys, "stdout", terminal)
-    assert run() and b"? 0.7, ? log Z" in terminal.buffer.getvalue()
-
-
-@pytest.mark.parametrize("name", ["bucketed_batches", "Row", "collate", "concordance"])
-def test_a_bug_of_ours_keeps_its_traceback(run, monkeypatch, name):
-    monkeypatch.setattr(ulma, name, Mock(side_effect=ZeroDivisionError))
-    with pytest.raises(ZeroDivisionError):
-        run()
-
-
-def test_a_full_memory_is_told_in_one_line(run, monkeypatch):
-    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-    monkeypatch.setattr(ulma, "response_logps", Mock(side_effect=error))
-    assert "out of memory" in error_of(run)
-
-
-def test_lora_trains_adapters_alone_and_saves_the_merged_model(run, small, monkeypatch, capsys):
-    pytest.importorskip("peft")
-    train, save = Mock(wraps=ulma.train), Mock(wraps=torch.save)
-    monkeypatch.setattr(ulma, "train", train)
-    monkeypatch.setattr(torch, "save", save)
-    results, out = run("--method sft --lora 2 --save-steps 3 --bf16 --learning-rate 0.03")
-    parameters = list(train.call_args.args[0].parameters())
-    kinds = {(p.requires_grad, p.dtype) for p in parameters}
-    assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
-    adapters = sum(p.numel() for p in parameters if p.requires_grad)
-    assert f"trains {adapters:,} of" in capsys.readouterr().out
-    checkpointed = save.call_args.args[0]["parameters"].values()
-    assert adapters == sum(value.numel() for value in checkpointed) < 9999
-    before, after = (read_model(folder).state_dict() for folder in (small / "model", out))
-    for name in before:  # rank 2 in all linear layers but the head
-        rank = torch.linalg.matrix_rank(torch.atleast_2d(after[name] - before[name]), rtol=1e-3)
-        assert rank == (2 if "proj" in name else 0)
-    again = run("--eval-only", model=out, reference=small / "model")[0]["eval"]
-    assert again["perplexity"] == pytest.approx(results["after"]["perplexity"], rel=0.02)
-
-
-# ---- Interruptions, and what the README says ----
-SAVING = "--save-steps 1 --log-z 0"
-DISKS = [(torch, "save", 2), (transformers.PreTrainedModel, "save_pretrained", 6)]
-
-
-def outcome(out):  # what equal runs have in common: all but the times, and steps done twice
-    metrics = json.loads((out / "metrics.json").read_text())
-    log = {line["step"]: {**line, "tokens_per_second": 0} for line in read(out / "log.jsonl")}
-    model, files = (out / "model.safetensors").read_bytes(), {path.name for path in out.iterdir()}
-    return log, metrics["before"], metrics["after"], model, files
-
-
-def test_a_run_killed_at_any_moment_ends_as_one_that_never_was(small, tmp_path):
-    """KILLS=20 python -m pytest -k killed_at_any: so many kills at random moments; else one."""
-
-    def begin(out):
-        argv = options(small, f"{SAVING} --epochs 8 --batch-size 2", {"output_dir": tmp_path / out})
-        return subprocess.Popen([sys.executable, "ulma.py", *argv], cwd=HERE)
-
-    never = begin("never")
-    for kill in range(int(os.environ.get("KILLS", 1))):
-        process = begin(f"{kill}")
-        while not (tmp_path / f"{kill}" / "options.json").exists() and process.poll() is None:
-            time.sleep(0.01)
-        time.sleep(random.uniform(0, 1.5))
-        process.kill()
-        process.wait()
-        begin(f"{kill}").wait()  # refused, if it was killed too late
-        never.wait()
-        assert outcome(tmp_path / f"{kill}") == outcome(tmp_path / "never")
-
-
-@pytest.fixture
-def stopped(run, monkeypatch, tmp_path, small):
-    """The paths of a run that breaks at step 3: its checkpoint is of step 2."""
-    clip = torch.nn.utils.clip_grad_norm_
-    breaks = Mock(wraps=clip, side_effect=[DEFAULT, DEFAULT, torch.tensor(math.nan)])
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", breaks)
-    data = shutil.copytree(small / "rated", tmp_path / "data")
-    paths = {"output_dir": tmp_path / "out", "data": data}
-    assert re.search("not finite at step 3.*--learning-rate", error_of(run, SAVING, **paths))
-    monkeypatch.undo()
-    return paths
-
-
-def test_the_same_command_goes_on_and_any_other_is_refused(stopped, run):
-    for more in ("--beta 1", "--seed 1", "--method sft"):
-        assert "a finished or another" in error_of(run, f"{SAVING} {more}", **stopped)
-    assert run(SAVING, **stopped)[0]["train"]["from_step"] == 2
-    assert outcome(stopped["output_dir"]) == outcome(run(SAVING, data=stopped["data"])[1])
-    assert "a finished or another" in error_of(run, SAVING, **stopped)
-
-
-def test_a_checkpoint_of_other_rows_or_with_code_is_refused(stopped, run):
-    for change in ({"label": 1}, {"completion": " Other."}, {"weight": 2}):
-        write(stopped["data"] / "train.jsonl", [*RATED[:9], RATED[9] | change])
-        assert "other rows" in error_of(run, SAVING, **stopped)
-    write(stopped["data"] / "train.jsonl", DATA["rated"])
-    torch.save({"step": print}, stopped["output_dir"] / "checkpoint.pt")
-    assert "begin anew: Weights only" in error_of(run, SAVING, **stopped)
-
-
-@pytest.mark.parametrize("place, name, step", DISKS)
-def test_a_full_disk_costs_no_training(run, monkeypatch, tmp_path, place, name, step):
-    effects = [DEFAULT] * (step % 6) + [OSError(28, "No space left on device")]
-    monkeypatch.setattr(place, name, Mock(wraps=getattr(place, name), side_effect=effects))
-    assert re.search("same command.*No space left", error_of(run, SAVING, output_dir=tmp_path))
-    monkeypatch.undo()
-    assert run(SAVING, output_dir=tmp_path)[0]["train"]["from_step"] == step
-    assert outcome(tmp_path) == outcome(run(SAVING)[1])
-
-
-def test_the_readmes_command_aligns_the_embedded_model(tmp_path):
-    argv = [sys.executable, "ulma.py", "--method", "ulma", f"--output-dir={tmp_path}"]
-    done = subprocess.run(argv, cwd=HERE, capture_output=True, text=True)
-    results = json.loads((tmp_path / "metrics.json").read_text())
-    before, after = results["before"], results["after"]
-    assert 0.20 < before["exact_match"] < 0.35 and after["exact_match"] >= 0.8
-    assert after["exact_match/undemonstrated"] > before["exact_match/undemonstrated"] + 0.3
-    assert after["reward_auc"] > 0.95 and after["perplexity"] < before["perplexity"]
-    assert "learning rate 0.0003" in done.stdout and "β 3, β log Z -1.61, 5 epochs" in done.stdout
-
-
-# ---- The Trainer in the README ----
-README = (HERE / "README.md").read_text(encoding="utf-8")
-TRAINER_FLAGS = "--max_length 64 --learning_rate 1e-3 --num_train_epochs 10 --beta .7 --use_cpu"
-TRAINER_FLAGS += " --gradient_accumulation_steps 2 --train_sampling_strategy sequential"
-TRAINER_FLAGS += " --logging_steps 1 --disable_tqdm true"
-# accelerate shards on GPUs alone, so it is told that these CPUs are some; DIES_AT is a step.
-LAUNCH = """
-import os, runpy, sys
-import torch
-from accelerate.state import DistributedType, PartialState
-from transformers import Trainer
-
-prepare, take_step = Trainer.create_accelerator_and_postprocess, Trainer.training_step
-
-
-def prepare_for_gpus(trainer):
-    if trainer.args.fsdp:
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    prepare(trainer)
-
-
-def take_step_or_die(trainer, model, *inputs):
-    if str(trainer.state.global_step) == os.environ.get("DIES_AT"):
-        os.kill(os.getpid(), 9)
-    print("the model is a", type(model).__name__)
-    return take_step(trainer, model, *inputs)
-
-
-Trainer.create_accelerator_and_postprocess = prepare_for_gpus
-Trainer.training_step = take_step_or_die
-sys.argv[:1] = []
-runpy.run_path(sys.argv[0], run_name="__main__")
-assert not torch.distributed.is_initialized()  # or its threads may abort at exit
-"""
-
-
-@pytest.fixture
-def trainer(small, tmp_path):
-    """trainer(flags): what the README's trainer.py prints. Its output folder is tmp_path/out."""
-    [script] = re.findall(r"```python\n(from dataclasses.*?)```", README, re.DOTALL)
-    assert script.count("\n") <= 60
-    (tmp_path / "trainer.py").write_text(script)
-    (tmp_path / "launch.py").write_text(LAUNCH)
-    paths = ["--model", small / "model", "--data", small / "weighted", "--output_dir", "out"]
-    environment = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
-
-    def call(flags, processes=1, code=0, **more):
-        argv = [sys.executable, "launch.py", "trainer.py", *paths]
-        if processes > 1:
-            argv[1:1] = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
-        argv = list(map(str, [*argv, *TRAINER_FLAGS.split(), *flags.split()]))
-        done = subprocess.run(argv, cwd=tmp_path, env=environment | more, capture_output=True)
-        assert done.returncode == code, done.stderr.decode()[-3000:]
-        return done.stdout.decode()
-
-    return call
-
-
-@pytest.mark.parametrize(
-    "processes, flags, same, kind",
-    [
-        (1, "--per_device_train_batch_size 2", "", "LlamaForCausalLM"),
-        (2, "--per_device_train_batch_size 1", "", "DistributedDataParallel"),
-        (2, "--per_device_train_batch_size 1 --fsdp --gradient_checkpointing", "", "FSDPLlama"),
-        (1, "--per_device_train_batch_size 2 --lora 2 --method pointwise-dpo", "--lora 2", "Peft"),
-    ],
-)
-def test_the_trainer_leaves_the_weights_and_losses_of_ulma(
-    trainer, run, small, tmp_path, monkeypatch, processes, flags, same, kind
-):
-    if same:
-        pytest.importorskip("peft")
-        same += " --method pointwise-dpo"
-    monkeypatch.setattr(ulma, "bucketed_batches", lambda items, size, _: ulma.chunks(items, size))
-    same += " --batch-size 4 --epochs 10 --learning-rate 1e-3"
-    _, out = run(same, data=small / "weighted")
-    told = trainer(flags, processes)
-    assert f"the model is a {kind}" in told
-    losses = [float(loss) for loss in re.findall("'loss': '(.*?)'", told)]
-    log = read(out / "log.jsonl")  # of every ten steps
-    means = [ulma.mean(part) for part in ulma.chunks(losses, 10)]
-    assert means == pytest.approx([line["loss"] for line in log], rel=1e-3)
-    folders = small / "model", out, tmp_path / ("out/merged" if "--lora" in same else "out")
-    initial, expected, actual = (read_model(folder).state_dict() for folder in folders)
-    assert_close(actual, expected, rtol=0, atol=1e-5)
-    assert max((actual[name] - initial[name]).abs().max() for name in actual) > 1e-3
-
-
-def test_the_trainer_killed_and_continued_ends_as_one_that_never_was(trainer, tmp_path):
-    flags = "--train_sampling_strategy random --per_device_train_batch_size 1 --save_steps 2"
-    flags += " --num_train_epochs 2 --output_dir"
-    trainer(f"{flags} never")
-    trainer(f"{flags} killed", DIES_AT="7", code=-9)
-    told = trainer(f"{flags} killed --resume_from_checkpoint killed/checkpoint-6")
-    assert told.count("the model is a") == 2 * (10 - 6)  # steps of two batches
-    never, killed = (read_model(tmp_path / name).state_dict() for name in ("never", "killed"))
-    assert_close(killed, never, rtol=0, atol=0)
-
-
-def test_one_process_for_several_gpus_is_refused():
-    ids, mask = torch.tensor([[9, 3, 44]]), torch.tensor([[False, True, True]])
-    with pytest.raises(ulma.Mistake, match="torchrun"):
-        ulma.response_logps(torch.nn.DataParallel(tiny("llama")), ids, mask)
+    run()
+    assert b"? 0.1, ? log Z" in terminal.buffer.getvalue()

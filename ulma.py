@@ -137,7 +137,11 @@ class Options:
 
 
 class Mistake(Exception):
-    """An error that the user can mend. It is printed in one line, without a traceback."""
+    """An error that the user can mend."""
+
+
+# These are printed in one line; any other error is a bug of ours, and keeps its traceback.
+MISTAKES = (Mistake, OSError, datasets.exceptions.DatasetsError, torch.OutOfMemoryError)
 
 
 def require(condition, message):
@@ -206,9 +210,10 @@ def logits_only_at(model, row, position):
 
 def row_logps(model, rows, args):
     """log π_θ(y|x) of a batch of rows, from one forward pass: (B,), on the model's device."""
-    input_ids = pad([row.input_ids for row in rows]).to(model.device, non_blocking=True)
+    device = next(model.parameters()).device
+    input_ids = pad([row.input_ids for row in rows]).to(device, non_blocking=True)
     response_mask = pad([row.response_mask for row in rows])
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
+    with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
         logps = response_logps(model, input_ids, response_mask)
     if args.average:
         logps = logps / response_mask.sum(1).to(logps.device, non_blocking=True)
@@ -274,13 +279,17 @@ def default_log_z(rows, args):
 
 
 def prepare(rows, args):
-    """Weights and log Z, before the first step."""
+    """The rows to train on, with their weights; also sets log Z, unless it is given."""
     if args.balanced:
         balance(rows)
     if args.log_z is None:
         args.log_z = default_log_z(rows, args)
-    print(f"{args.method}: β {args.beta:g}, β log Z {args.beta * args.log_z:.3g}, ", end="")
-    print(f"learning rate {args.learning_rate:g}, {args.epochs} epochs")
+    if args.method == "sft":
+        rows = [row for row in rows if row.label == 1]
+    require(rows, f"{args.data} has no row of label 1, which SFT needs")
+    print(f"{args.method}: {len(rows)} rows, β {args.beta:g}, β log Z {args.beta * args.log_z:.3g}")
+    print(f"learning rate {args.learning_rate:g}, {args.epochs:g} epochs")
+    return rows
 
 
 # ---- Training ----
@@ -358,7 +367,7 @@ def batches_of_like_length(rows, batch_size, rng):
     """
     rows = rng.sample(rows, len(rows))
     whole = len(rows) - len(rows) % batch_size
-    by_length = sorted(rows[:whole], key=lambda row: len(row.input_ids) * rng.uniform(0.9, 1.1))
+    by_length = sorted(rows[:whole], key=lambda row: len(row.input_ids) * rng.uniform(0.85, 1.15))
     batches = chunks(by_length, batch_size) + chunks(rows[whole:], batch_size)
     return rng.sample(batches, len(batches))
 
@@ -485,16 +494,19 @@ def load_rows(args, tokenizer):
 def find_splits(args):
     """{name: records} for each split. JSON lines are read as they stand, all else by datasets."""
     path = Path(args.data, args.data_dir or "")
+    name = args.test_split if args.eval_only else args.train_split  # if there is but one file
     if path.suffix == ".jsonl":
-        return {args.test_split if args.eval_only else args.train_split: json_lines([path])}
+        return {name: json_lines([path])}
     files = defaultdict(list)
     for file in sorted(path.glob("*.jsonl")):
-        name = re.sub(r"[-_]?\d+(-of-\d+)?$", "", file.stem)  # train-00000-of-00002 is of train
-        files[name].append(file)
+        split = re.sub(r"[-_]?\d+(-of-\d+)?$", "", file.stem)  # train-00000-of-00002 is of train
+        files[split].append(file)
     if files:
-        return {name: json_lines(parts) for name, parts in files.items()}
-    folder, file = (path.parent, path.name) if path.is_file() else (args.data, None)
-    splits = datasets.load_dataset(str(folder), data_dir=args.data_dir, data_files=file)
+        return {split: json_lines(parts) for split, parts in files.items()}
+    if path.is_file():
+        splits = datasets.load_dataset(str(path.parent), data_files={name: path.name})
+    else:
+        splits = datasets.load_dataset(args.data, data_dir=args.data_dir)
     for split in splits.values():
         label = split.features.get("label")
         is_class = isinstance(label, datasets.ClassLabel)  # whose numbers follow the alphabet
@@ -551,11 +563,11 @@ def read_record(record, args, tokenizer):
     chosen, rejected = rest.pop("chosen", None), rest.pop("rejected", None)
     answers, group = rest.pop("answers", []), rest.pop("group", None)
     weight = rest.pop("weight", 1.0)
+    label = "score" if args.continuous and "score" in rest else "label"
     if chosen or rejected:
         require(not completion, "it has a completion and a pair as well")
         rated = [(chosen, 1), (rejected, 0)]
     else:
-        label = "score" if args.continuous and "score" in rest else "label"
         rated = [(completion, rest.pop(label, None))]
     is_weight = isinstance(weight, int | float) and 0 <= weight < math.inf
     require(is_weight, f"its weight is {weight!r}, not a number from 0 on")
@@ -563,8 +575,8 @@ def read_record(record, args, tokenizer):
     rows = []
     for response, z in rated:
         is_score = args.continuous and isinstance(z, float) and 0 < z < 1
-        told = f"its label is {z!r}: use 0 or 1, with --continuous from 0 to 1, a demonstration"
-        require(z in (0, 1) or is_score, told)
+        told = f"its {label} is {z!r}, not 0 or 1 (with --continuous: from 0 to 1, a demonstration)"
+        require(z in (0, 1) or is_score, f"{told}; its columns are {', '.join(record)}")
         row = read_row(prompt, response, answers, tokenizer)
         row.label, row.weight, row.group = float(z), float(weight), group
         rows.append(row)
@@ -620,25 +632,36 @@ def read_chat(prompt, response, tokenizer):
     require(is_answer, "it does not end with one answer of the assistant")
     answer = last["content"].strip()
     require(answer, "its response is empty")
-    try:
-        opened = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(messages, tokenize=False)
-    except Exception as error:  # a template is a program of the model's, and may raise anything
-        raise Mistake(f"the chat template: {error}") from None
-    require(whole.startswith(opened), f"the template's {opened[-40:]!r} is not before the answer")
+
+    opened = through_template(asked, tokenizer, add_generation_prompt=True)
+    whole = through_template(messages, tokenizer)
     contents = [message["content"].strip() for message in messages]
     for text in filter(None, contents):
         times = sum(content.count(text) for content in contents)
         require(whole.count(text) >= times, f"the template leaves out or changes {text[:60]!r}")
-    opening, _, after = whole.removeprefix(opened).rpartition(answer)
+    require(whole.startswith(opened), f"the template's {opened[-40:]!r} is not before the answer")
+
+    mark = "\ue000"  # in place of the answer, to see what the template writes after it
+    marked = through_template([*asked, last | {"content": mark}], tokenizer)
+    after = marked.rpartition(mark)[2]
+    opening = whole.removeprefix(opened).removesuffix(after).rpartition(answer)[0]
     end = re.match(r"\s*\S+", after)  # such as <|im_end|>
     return opened, opening, answer + (end[0] if end else tokenizer.eos_token)
+
+
+def through_template(messages, tokenizer, **options):
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except Exception as error:  # a template is a program of the model's, and may raise anything
+        raise Mistake(f"the chat template: {error}") from None
 
 
 def as_messages(value, role):
     """A text, or a list of messages, as messages of a role and a content."""
     if isinstance(value, str):
         return [{"role": role, "content": value}]
+    are_objects = isinstance(value, list) and all(isinstance(part, dict) for part in value)
+    require(are_objects, f"{value!r:.80} is neither a text nor a list of messages")
     messages = []
     for message in value:
         given = {key: part for key, part in message.items() if part not in (None, "", [], {})}
@@ -655,7 +678,7 @@ def as_messages(value, role):
 def read_options(argv=None):
     """The options of a command line. Some defaults follow the model."""
     parser = HfArgumentParser(Options, prog="ulma.py")
-    [args] = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    args = Options(**vars(parser.parse_args(argv)))
     is_example = Path(args.model).resolve() == EXAMPLE
     known = is_example or args.learning_rate or args.eval_only
     require(known, "--learning-rate is needed: try 1e-5 for 7B parameters, 1e-4 for 135M")
@@ -663,16 +686,29 @@ def read_options(argv=None):
     for name, default in zip(("beta", "learning_rate", "epochs"), defaults):
         if getattr(args, name) is None:
             setattr(args, name, default)
+    check_numbers(args)
+    return args
+
+
+def check_numbers(args):
     for name in "beta learning_rate epochs batch_size gradient_accumulation max_length".split():
         value = getattr(args, name)
         require(0 < value < math.inf, f"--{name.replace('_', '-')} is {value}; it must be over 0")
     require(math.isfinite(args.log_z or 0.0), "--log-z must be finite")
-    return args
+
+
+def load_tokenizer(name):
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except OSError as error:  # which does not always name it
+        raise Mistake(f"the model {name}: {error}") from None
+    require(tokenizer.eos_token, f"the tokenizer of {name} has no eos_token")
+    return tokenizer
 
 
 def load_model(name, tokenizer):
     """The model in float32, in evaluation mode: dropout would make π_θ differ from π_ref."""
-    vocabulary = AutoTokenizer.from_pretrained(name).get_vocab()
+    vocabulary = load_tokenizer(name).get_vocab()
     require(vocabulary == tokenizer.get_vocab(), f"{name} has not the vocabulary of --model")
     quantised = getattr(AutoConfig.from_pretrained(name), "quantization_config", None)
     require(not quantised, f"the weights of {name} are quantised, so they cannot be trained")
@@ -680,23 +716,21 @@ def load_model(name, tokenizer):
         name, dtype=torch.float32, use_safetensors=True, output_loading_info=True
     )
     require(not report["missing_keys"], f"{name} lacks weights: {sorted(report['missing_keys'])}")
-    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    return model.eval()
 
 
 def run(args):
     """Reads data, scores the reference, trains, evaluates. Returns what metrics.json holds."""
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    require(tokenizer.eos_token, f"the tokenizer of {args.model} has no eos_token")
+    tokenizer = load_tokenizer(args.model)
     rows, test_rows = load_rows(args, tokenizer)
     if not args.eval_only:
-        prepare(rows, args)
-    if args.method == "sft":
-        rows = [row for row in rows if row.label == 1]
-    reference = load_model(args.reference or args.model, tokenizer)
+        rows = prepare(rows, args)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    reference = load_model(args.reference or args.model, tokenizer).to(device)
     out = Path(args.output_dir or time.strftime(f"runs/{args.method}-%y%m%d-%H%M%S"))
     require(not any(out.glob("*")), f"--output-dir {out} is not empty")
     write(out / "options.json", [asdict(args)], "x")  # "x": of two runs at once, one stops here
-    print(f"--model {args.model} on {reference.device}; results in {out}")
+    print(f"--model {args.model} on {device}; results in {out}")
 
     start = time.perf_counter()
     if args.reference or not args.eval_only:
@@ -705,7 +739,7 @@ def run(args):
     reference_seconds = time.perf_counter() - start
     if args.reference:
         del reference  # makes room for the next model
-        policy = load_model(args.model, tokenizer)
+        policy = load_model(args.model, tokenizer).to(device)
     else:
         policy = reference  # π_θ starts as π_ref
 
@@ -771,9 +805,10 @@ def main(argv=None):
         sys.stdout.reconfigure(errors="replace")  # the terminal may not know every character
     try:
         return run(read_options(argv))
-    except (Mistake, OSError, datasets.exceptions.DatasetsError, torch.OutOfMemoryError) as error:
-        cause = " ".join(str(error.__cause__ or error).split())
-        print(f"ulma.py: error: {cause}", file=sys.stderr)
+    except MISTAKES as error:
+        if isinstance(error, datasets.exceptions.DatasetsError):
+            error = error.__cause__ or error  # what went wrong
+        print(f"ulma.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
 
 

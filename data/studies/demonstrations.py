@@ -16,9 +16,19 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from figures import panels, save
-from real import BASE, make_base
-from run import error, in_processes, make_data, print_table, shown
+from real import BASE, make_base, rows_of
+from run import (
+    DEVICE,
+    error,
+    in_processes,
+    make_data,
+    print_table,
+    read_flags,
+    shown,
+    train,
+)
 from transformers import AutoTokenizer
 
 import ulma
@@ -40,10 +50,10 @@ FAMILIES = {  # of reasoning-gym, and how they are made easy
 }
 TRAIN, VALIDATION, TEST, SAMPLED = 25, 20, 28, 6  # questions of a family; of the test's, sampled
 SEEDS = range(3)  # of questions, draws and training
-COMMON = "--bf16 true --lora 16 --batch-size 8 --max-length 160 --max-new-tokens 24"
+COMMON = "--bf16 true --batch-size 8 --max-length 160 --max-new-tokens 24"
 BETAS = ["0.1", "1", "10", "1, λ 0.1"]  # the last with a tenth of the push on thumbs-down
 SFT, ULMA = "--method sft --epochs 6", "--method ulma --epochs 2 --beta"  # of as many steps
-POINTWISE, PAIRWISE = "--method pointwise-dpo --epochs 2 --beta", "--method dpo --epochs 6 --beta"
+POINTWISE, PAIRWISE = "--method pointwise-dpo --epochs 2 --beta", "--loss dpo --epochs 6 --beta"
 PAIRED, TWICE = "SFT, then pair-wise DPO", ", twice the steps"
 ROWS = {  # (method, the rows): the model to start from, which is π_ref, and flags
     ("SFT", "demonstrations"): ("instruct", SFT),
@@ -94,12 +104,8 @@ def right(asked):
     return [record(question, question[-1], 1) for question in asked]
 
 
-def rows_of(records, args, tokenizer):
-    return [ulma.read_record(dict(each), args, tokenizer)[0][0] for each in records]
-
-
-def options(flags, **values):
-    return replace(ulma.read_options([*COMMON.split(), *flags.split()]), **values)
+def options(argv, **values):
+    return replace(ulma.read_options([*COMMON.split(), *argv]), **values)
 
 
 def folder_of(run):
@@ -111,9 +117,18 @@ def start_of(name, seed):
     return BASE if name == "instruct" else str(folder_of(("SFT", "demonstrations", "", seed)))
 
 
-def load(folder, args, tokenizer):
+def load(folder, tokenizer):
     """A model to draw from and to score with, in bfloat16."""
-    return ulma.load_model(folder, replace(args, lora=0), tokenizer).bfloat16()
+    return ulma.load_model(folder, tokenizer).bfloat16().to(DEVICE)
+
+
+def with_adapters(model, args):
+    """The model, frozen, with adapters of rank 16 in every linear layer but the head."""
+    from peft import LoraConfig, PeftModelForCausalLM
+
+    torch.manual_seed(args.seed)
+    config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
+    return PeftModelForCausalLM(model, config)
 
 
 def draw(source):
@@ -123,13 +138,13 @@ def draw(source):
     own ratings one thumbs-up, if any answer is right.
     """
     name, seed = source
-    args = options("--batch-size 32", model=start_of(name, seed), seed=seed)
+    args = options(["--batch-size", "32"], model=start_of(name, seed), seed=seed)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model, asked = load(args.model, args, tokenizer), questions(seed)[0]
+    model, asked = load(args.model, tokenizer), questions(seed)[0]
     drawn = ulma.sample(model, tokenizer, rows_of(right(asked), args, tokenizer), args)
     good, bad = [], []
     for question, responses in zip(asked, drawn):
-        texts = [text for text, *_ in responses if text]
+        texts = [one.text for one in responses if one.text]
         wrong = [text for text in texts if text != question[-1]]
         bad += [record(question, text, 0) for text in wrong[:1]]
         good += right([question]) if len(wrong) < len(texts) else []
@@ -151,18 +166,21 @@ def execute(run):
     paths = {"model": start_of(start, seed), "data": str(RUNS / f"rows/{rows_name}, {seed}")}
     given = {"learning_rate": 3e-4, "seed": seed, "test_split": "train"}
     beta, _, push = beta.partition(", λ ")
-    args = options(f"{flags} {beta}", **paths, **given)
+    own, argv = read_flags(f"{flags} {beta}")
+    args = options(argv, **paths, **given)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    items, _ = ulma.load_items(args, tokenizer)
-    rows, model = ulma.rows_of(items), ulma.load_model(args.model, args, tokenizer)
-    args.log_z = 0.0
-    if args.method != "sft":
-        args.log_z = ulma.prior_log_z(ulma.mean([row.label for row in rows]), args.beta)
-        for row, logp in zip(rows, ulma.all_logps(model, rows, args, "log π_ref").tolist()):
-            row.ref_logp = logp
-            row.weight = float(push or 1) if row.label == 0 else 1.0
-    ulma.train(model, ulma.training_items(items, args.method), args, out)
-    ulma.save_model(model, tokenizer, args, out)
+    rows, _ = ulma.load_rows(args, tokenizer)
+    rows = ulma.prepare(rows, args)
+    for row in rows:  # after log Z, which λ leaves alone
+        if push and row.label == 0:
+            row.weight = float(push)
+    model = ulma.load_model(args.model, tokenizer).to(DEVICE)
+    ulma.set_reference(model, rows, args)
+    model = with_adapters(model, args)
+    train(model, rows, args, own, out)
+    model = model.merge_and_unload()
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
     metrics = measure(str(out), args, tokenizer)
     if (name, rows_name) != ("SFT", "demonstrations"):
         (out / "model.safetensors").unlink()
@@ -176,7 +194,7 @@ def measure(folder, args, tokenizer):
     samples, of infinitely many.
     """
     args = replace(args, batch_size=32)
-    model, metrics = load(folder, args, tokenizer), {}
+    model, metrics = load(folder, tokenizer), {}
     for part, asked in zip(("validation", "test"), questions(args.seed)[1:]):
         rows = rows_of(right(asked), args, tokenizer)
         shares = ulma.all_logps(model, rows, args, part).exp().tolist()
@@ -186,15 +204,21 @@ def measure(folder, args, tokenizer):
             metrics[f"{part} exact/{name}"] = 100 * ulma.mean(own)
     asked = [question for i, question in enumerate(asked) if i % TEST < SAMPLED]
     drawn = ulma.sample(model, tokenizer, rows_of(right(asked), args, tokenizer), args)
-    samples = [(question, *each) for question, some in zip(asked, drawn) for each in some]
-    metrics["exact of samples"] = 100 * ulma.mean([q[-1] == text for q, text, *_ in samples])
-    metrics["tokens"] = ulma.mean([length for *_, length, _ in samples])
-    metrics["ended"] = ulma.mean([has_ended for *_, has_ended in samples])
-    metrics["distinct"] = len({text for _, text, *_ in samples}) / len(samples)
-    whole = [record(q, text, 1) for q, text, _, ended in samples[::2] if ended and text]
+    samples = []
+    for question, some in zip(asked, drawn):
+        samples += [(question, one) for one in some]
+    exact = [one.text == question[-1] for question, one in samples]
+    metrics["exact of samples"] = 100 * ulma.mean(exact)
+    metrics["tokens"] = ulma.mean([one.length for _, one in samples])
+    metrics["ended"] = ulma.mean([one.ended for _, one in samples])
+    metrics["distinct"] = len({one.text for _, one in samples}) / len(samples)
+    whole = []
+    for question, one in samples[::2]:
+        if one.ended and one.text:
+            whole.append(record(question, one.text, 1))
     rows = rows_of(whole, args, tokenizer)
     if rows:  # KL(π_θ || π of instruct) in nats, of samples that ended
-        reference = load(BASE, args, tokenizer)
+        reference = load(BASE, tokenizer)
         logps, ref_logps = (ulma.all_logps(one, rows, args, "KL") for one in (model, reference))
         metrics["KL"] = (logps - ref_logps).mean().item()
     return metrics
@@ -235,9 +259,9 @@ def likelihoods():
     """A table of the mean log π, in nats, of the thumbs-down of seed 0, before and after SFT."""
     sources, lines = ("instruct", "SFT"), []
     for name in sources:
-        args = options("--batch-size 32", model=start_of(name, 0))
+        args = options(["--batch-size", "32"], model=start_of(name, 0))
         tokenizer = AutoTokenizer.from_pretrained(args.model)
-        model, line = load(args.model, args, tokenizer), [name]
+        model, line = load(args.model, tokenizer), [name]
         for source in sources:
             records = make_data.read(RUNS / f"rows/{source}, 0/train.jsonl")
             rows = rows_of([each for each in records if each["label"] == 0], args, tokenizer)

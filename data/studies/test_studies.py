@@ -73,35 +73,72 @@ def test_nft_has_ulmas_numerator_on_thumbs_down_and_is_equal_where_the_ratio_is_
 
 def test_kto_is_one_minus_the_probability_of_the_label_and_has_the_weight_that_is_told(monkeypatch):
     logps = LOGPS.float().requires_grad_()
-    monkeypatch.setattr(ulma, "batch_logps", lambda *given: logps)
+    monkeypatch.setattr(ulma, "row_logps", lambda *given: logps)
     labels = (torch.arange(50) % 2).float()
-    items = [
-        (Row("x", ZERO, ZERO, label, 5.0 if label else 1.0, ref_logp=ref),)
+    rows = [
+        Row("x", ZERO, ZERO, label, 5.0 if label else 1.0, ref_logp=ref)
         for label, ref in zip(labels.tolist(), REF_LOGPS.tolist())
     ]
     args = ulma.read_options(["--beta", str(BETA)])
-    losses, rewards, _ = run.kto_losses(None, items, args)
+    losses, rewards = run.kto_losses(None, rows, args)
     weights = 1 + 4 * labels
     expected = 1 - (-pointwise_dpo_loss(logps, REF_LOGPS.float(), labels, BETA)).exp()
     torch.testing.assert_close(losses, weights * expected)
     [gradient] = torch.autograd.grad(losses.sum(), logps, retain_graph=True)
     torch.testing.assert_close(-gradient, weights * run.weights_of(rewards, labels, args, "kto"))
-    more, _, _ = run.kto_losses(None, items, args, sft=1.0)
+    more, _ = run.kto_losses(None, rows, args, sft=1.0)
     torch.testing.assert_close(more - losses, -weights * labels * logps)
 
 
-@pytest.mark.parametrize("flags", ["ulma", "pointwise-dpo", "sft", "dpo", "ulma --continuous"])
+@pytest.mark.parametrize("flags", ["ulma", "pointwise-dpo", "sft", "ulma --continuous"])
 def test_the_weights_of_a_table_are_those_of_the_gradient(flags, monkeypatch):
     logps, labels = LOGPS.float().requires_grad_(), [1.0, 0.0] * 25
-    monkeypatch.setattr(ulma, "batch_logps", lambda *given: logps)
+    monkeypatch.setattr(ulma, "row_logps", lambda *given: logps)
     rows = [Row("x", ZERO, ZERO, z, 1.0, ref_logp=r) for z, r in zip(labels, REF_LOGPS.tolist())]
     args = ulma.read_options(f"--beta {BETA} --log-z 0.5 --method {flags}".split())
     if args.method == "sft":
         labels = [1.0] * 50
-    losses, rewards, _ = ulma.batch_losses(None, [tuple(rows)], args)
+    losses, rewards = ulma.batch_losses(None, rows, args)
     [gradient] = torch.autograd.grad(losses.sum(), logps)
     weights = run.weights_of(rewards, torch.tensor(labels), args, "")
     torch.testing.assert_close(-gradient, weights)
+
+
+def test_pairwise_dpo_takes_each_chosen_row_with_its_rejected_one(monkeypatch):
+    logps = LOGPS.float().requires_grad_()
+    labels, ref_logps = [1.0] * 25 + [0.0] * 25, REF_LOGPS.float()
+    rows = [
+        Row(f"prompt {i % 25}", ZERO, ZERO, label, 1.0, ref_logp=ref)
+        for i, (label, ref) in enumerate(zip(labels, ref_logps.tolist()))
+    ]
+    order = []
+
+    def row_logps(model, given, args):
+        order.extend(row.prompt for row in given)
+        return logps
+
+    monkeypatch.setattr(ulma, "row_logps", row_logps)
+    args = ulma.read_options(["--beta", str(BETA)])
+    rejected_of = run.pairs_of(rows)
+    losses, rewards = run.dpo_losses(None, list(rejected_of), args, rejected_of)
+    assert order == [row.prompt for row in rows]
+    expected = ulma.dpo_loss(logps[:25], logps[25:], ref_logps[:25], ref_logps[25:], BETA)
+    torch.testing.assert_close(losses, expected)
+    torch.testing.assert_close(rewards, (BETA * (logps - ref_logps)).detach())
+    [gradient] = torch.autograd.grad(losses.sum(), logps)
+    weights = run.weights_of(rewards, torch.tensor(labels), args, "dpo")
+    torch.testing.assert_close(-gradient, weights)
+
+
+def test_every_good_and_bad_row_of_one_prompt_are_a_pair():
+    names = "good 1, good 1, bad 1, bad 1, bad 1, good 2, bad 2, good 3, bad 4".split(", ")
+    rows = [Row(name[-1], ZERO, ZERO, float("good" in name)) for name in names]
+    rejected_of = run.pairs_of(rows)
+    assert len(rejected_of) == 2 * 3 + 1
+    assert len({id(chosen) for chosen in rejected_of}) == 7
+    for chosen, rejected in rejected_of.items():
+        assert chosen.prompt == rejected.prompt
+        assert (chosen.label, rejected.label) == (1, 0)
 
 
 # ---- The studies ----
@@ -128,6 +165,7 @@ def test_the_true_log_z_is_that_of_the_draws(monkeypatch):
         ("--up 3 --log-z 0", 1.5),
         ("--loss kto", 0.25),
         ("--loss kto-sft", 1.25),
+        ("--loss dpo", 0.5),
         ("--average --log-z 0", 0.5),
     ],
 )
@@ -139,8 +177,11 @@ def test_a_run_is_trained_as_its_flags_say_and_its_weights_kept(
     monkeypatch.setattr(ulma, "SAMPLES", 1)
     rows = make_data.read(run.make_rows("fair", True) / "train.jsonl")
     assert {row["score"] for row in rows if row["label"]} == {1.0}
-    few = [row for row in rows if row["label"]][:8] + [row for row in rows if not row["label"]][:8]
-    make_data.write(tmp_path / "rows" / "fair-validation" / "train.jsonl", few)
+    good = [row for row in rows if row["label"]][:8]
+    asked = [row["prompt"] for row in good]
+    bad = [row for row in rows if not row["label"] and row["prompt"] in asked]
+    assert len(bad) == 8
+    make_data.write(tmp_path / "rows" / "fair-validation" / "train.jsonl", good + bad)
     common = "--method pointwise-dpo --rows fair --epochs 1 --learning-rate 1e-6 --beta 1"
     one = f"{common} {flags}", 0, True
     run.execute(one)
@@ -184,11 +225,11 @@ def test_of_a_rejected_response_the_tokens_count_that_the_edit_removed(rejected,
         ids = torch.tensor([10, 11, *response, 1])
         return Row("10 11", ids, torch.arange(len(ids)) > 1, label)
 
-    pair, single = (row(chosen, 1.0), row(rejected, 0.0)), (row(chosen, 1.0),)
-    [(first, *others), last] = run.only_edits([pair, single])
-    assert (first, last) == (pair[0], single)
+    first, second = row(chosen, 1.0), row(rejected, 0.0)
+    kept = run.only_edits([first, second])
+    assert kept == ([first, second] if rated else [first])
     assert first.response_mask.tolist() == [False, False] + [True] * (len(chosen) + 1)
-    assert [row.input_ids[row.response_mask].tolist() for row in others] == [rated] * bool(rated)
+    assert second.input_ids[second.response_mask].tolist() == rated
 
 
 def test_the_frontier_measures_score_and_kl_of_the_responses(tmp_path):
@@ -321,7 +362,6 @@ def anchor_of(heading):
 
 def test_by_hand_prints_what_stands_below_it():
     [by_hand] = [text for kind, text in snippets(README) if kind == "python" and "autograd" in text]
-    assert by_hand.count("\n") <= 20
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(by_hand, {})
     texts = [text for _, text in snippets(README)]
@@ -367,21 +407,16 @@ def test_links_inside_the_repository_resolve(page):
                 assert anchor in map(anchor_of, headings), target
 
 
-def test_the_readme_is_short():
-    assert len(README.split()) <= 1900
-
-
 def test_every_test_that_the_readme_names_exists():
     tests = (ROOT / "test_ulma.py").read_text(encoding="utf-8")
     for name in re.findall(r"`(test_\w+)`", README):
         assert f"def {name}(" in tests
 
 
-def test_every_page_is_short_and_in_the_index_and_its_tables_exist():
+def test_every_page_is_in_the_index_and_its_tables_exist():
     index = (HERE / "README.md").read_text(encoding="utf-8")
     for page in HERE.glob("*.md"):
         text = page.read_text(encoding="utf-8")
-        assert len(text.split()) <= 450 or page.name == "README.md"
         assert page.name == "README.md" or f"({page.name})" in index
         for table in re.findall(r"data/studies/run.py ([a-z][a-z-]*)", text):
             assert table in [*run.TABLES, *run.ELSEWHERE]
