@@ -372,7 +372,7 @@ def test_demonstrations_alone_need_no_log_z(method):
 
 @pytest.mark.parametrize("flags, label", [("", 0.0), ("--method pointwise-dpo", 1.0)])
 def test_labels_that_are_all_alike_are_told(flags, label):
-    with pytest.raises(ulma.Mistake, match="the mean label is"):
+    with pytest.raises(ulma.Mistake, match="cannot be the mean label"):
         ulma.default_log_z([row(label=label)], options(flags))
 
 
@@ -467,7 +467,7 @@ def step(small, tmp_path, logps_of, monkeypatch):
         [line] = read(tmp_path / "log.jsonl")
         assert line["loss"] == pytest.approx(value.item(), rel=1e-4)
         rewards = 0.7 * (logps - ref_logps + args.log_z)
-        good = labels > 0.5
+        good = labels == 1
         assert line["reward_positive"] == pytest.approx(rewards[good].mean().item(), rel=1e-3)
         if not good.all():
             assert line["reward_negative"] == pytest.approx(rewards[~good].mean().item(), rel=1e-3)
@@ -589,6 +589,12 @@ def test_a_loss_of_your_own_is_a_function_for_train(small, tmp_path):
     before = ulma.all_logps(model, rows, args, "before")
     ulma.train(model, rows, args, tmp_path, losses_of=unlikelihood)
     assert ulma.all_logps(model, rows, args, "after").mean() < before.mean() - 1
+
+
+def test_a_split_may_serve_twice(tmp_path):
+    path = write(tmp_path / "train.jsonl", POINTS)
+    rows, test_rows = load(path.parent, "--test-split train")
+    assert decoded(rows) == decoded(test_rows)
 
 
 def test_a_loss_that_is_not_finite_stops_training(small, tmp_path):
@@ -860,7 +866,7 @@ def test_several_files_of_a_split_are_read_one_after_the_other(tmp_path):
 def test_a_missing_split_is_told_with_those_that_are_there(tmp_path, flags):
     write(tmp_path / "a.jsonl", POINTS)
     write(tmp_path / "b.jsonl", POINTS)
-    with pytest.raises(ulma.Mistake, match=r"there is no such split, only a, b"):
+    with pytest.raises(ulma.Mistake, match=r"has no split .*, only a, b"):
         load(tmp_path, flags)
 
 
@@ -922,7 +928,7 @@ def test_texts_of_json_lines_stay_as_they_stand(read_records, text):
 
 def test_a_label_is_not_changed_by_the_labels_of_other_rows(read_records):
     for label in (5, -1, 2.5, "1"):
-        with pytest.raises(ulma.Mistake, match="row 2: its label is"):
+        with pytest.raises(ulma.Mistake, match="line 2: its label is"):
             read_records(point(1, True), point(2, label))
 
 
@@ -933,7 +939,7 @@ def test_columns_that_are_not_read_and_rows_that_are_too_long_are_told(read_reco
     long = point(8, completion=" more" * 30)
     rows = read_records(*POINTS, long, point(9, image="cat.png"), flags="--max-length 25")
     printed = capsys.readouterr().out
-    assert len(rows) == 21 and "21 rows" in printed and "1 too long" in printed
+    assert len(rows) == 21 and "21 rows, and 1 over --max-length" in printed
     assert "columns not read: image;" in printed
     assert "plain text" in printed
     assert r"prompt   'Question 0?'" in printed and r"response ' Answer 0.<eos>'" in printed
@@ -1132,15 +1138,15 @@ def test_the_end_of_a_turn_need_not_be_a_special_token(read_records):
         ("", "", answer("x", weight=0), "a message has"),
         ("", "", {"prompt": [{"role": "prompter", "content": "Hi"}]}, "a message has"),
         ("", "", {"prompt": [{"role": "User", "content": "Hi"}]}, "a message has"),
-        ("", "", {"prompt": ["Hi"]}, "nor a list of messages"),
+        ("", "", {"prompt": ["Hi"]}, "is not a message"),
         ("", "", {"completion": 5}, "nor a list of messages"),
-        ("", "", {"completion": None}, "nor a list of messages"),
-        ("", "", {"prompt": []}, "does not end with one answer"),
+        ("", "", {"completion": None}, "it needs completion"),
+        ("", "", {"prompt": []}, "it has no prompt"),
         ("", "", {"prompt": ASKED[:2]}, "does not end with one answer"),
         ("", "", {"completion": chat("I am the user")}, "does not end with one answer"),
-        ("", "", {"prompt": "Ho", "completion": ASKED + GOOD}, "does not hold its prompt"),
-        ("", "", {"prompt": json.dumps(ASKED)}, "written as a text"),
-        ("", "", {"completion": str(GOOD)}, "written as a text"),
+        ("", "", {"prompt": "Ho", "completion": ASKED + GOOD}, "does not contain its prompt"),
+        ("", "", {"prompt": json.dumps(ASKED)}, "in a string"),
+        ("", "", {"completion": str(GOOD)}, "in a string"),
         ("", "", answer(""), "response is empty"),
         ("", "", answer(" \n"), "response is empty"),
     ],
@@ -1149,7 +1155,7 @@ def test_a_conversation_that_would_be_read_otherwise_than_meant_is_refused(
     read_records, old, new, record, told
 ):
     tokenizer = chat_tokenizer(CHATML.replace(old, new))
-    with pytest.raises(ulma.Mistake, match=f"row 1: .*{told}"):
+    with pytest.raises(ulma.Mistake, match=f"line 1: .*{told}"):
         read_records(answer() | record, tokenizer=tokenizer)
 
 
@@ -1296,23 +1302,24 @@ A, B = json.dumps(point(1)), json.dumps(point(2, 0))
 @pytest.mark.parametrize(
     "lines, told",
     [
-        ("", "there is no row"),
+        ("", "train: 0 rows"),
         (f"{A}\n{A[:-9]}", "rows.jsonl, line 2"),
         (A.replace("Answer", "\xe9"), "utf-8"),
-        ("[1, 2]", "no object"),
-        (A.replace("label", "lable"), "label is None.*its columns are prompt, completion, lable"),
+        ("[1, 2]", "not a JSON object"),
+        (A.replace("label", "lable"), "needs completion and label.*has prompt, completion, lable"),
         (A.replace(" Answer 1.", ""), "response is empty"),
         (A.replace(" Answer 1.", "  "), "response is empty"),
         (A.replace(" Answer 1.", "<eos>"), "response is empty"),
         (A.replace('" Answer 1."', "5"), "response is 5, not a text"),
-        (A.replace('"Question 1?"', "5"), "prompt is 5, not a text"),
+        (A.replace('"Question 1?"', "5"), "prompt is 5"),
         (A.replace(": 1}", ": 0.5}"), "label is 0.5.*--continuous"),
         (A.replace(": 1}", ': "1"}'), "label is '1'"),
         (A.replace(": 1}", ': 1,  "weight": -1}'), "weight is -1"),
         (A.replace(": 1}", ': 1,  "weight": "2"}'), "weight is '2'"),
         (A.replace(": 1}", ': 1,  "weight": NaN}'), "weight is nan"),
+        (A.replace(": 1}", ': 1,  "answers": [42]}'), r"answers are \[42\]"),
         (A.replace(": 1}", ': 1,  "answers": "Yes."}'), "answers are 'Yes.'"),
-        (f"{A}\n{A.replace(': 1}', ': 2}')}", "row 2: its label is 2"),
+        (f"{A}\n{A.replace(': 1}', ': 2}')}", "line 2: its label is 2"),
         ('{"chosen": " Good.", "rejected": ""}', "prompt is ''"),
         ('{"prompt": "Hi", "chosen": " Good.", "rejected": ""}', "response is empty"),
         ('{"prompt": "Hi", "chosen": " Good."}', "response is None"),
@@ -1320,7 +1327,7 @@ A, B = json.dumps(point(1)), json.dumps(point(2, 0))
         (json.dumps(answer()), "chat_template"),
         (json.dumps(point(1, completion=" long" * 99)), "--max-length"),
         ("\n".join([A] * 9), "only one prompt"),
-        ("\n".join(json.dumps(point(i, 0)) for i in range(9)), "the mean label is 0"),
+        ("\n".join(json.dumps(point(i, 0)) for i in range(9)), "cannot be the mean label, 0"),
     ],
 )
 def test_a_mistake_in_the_data_gets_one_line_and_nothing_is_written(run, tmp_path, lines, told):
@@ -1328,7 +1335,7 @@ def test_a_mistake_in_the_data_gets_one_line_and_nothing_is_written(run, tmp_pat
     data.write_text(lines, encoding="latin-1")
     line = error_of(run, data=data)
     assert re.search(told, line)
-    assert "rows.jsonl" in line or "label" in told
+    assert "rows.jsonl" in line or "mean label" in told
     assert not (tmp_path / "out").exists()
 
 
@@ -1337,6 +1344,7 @@ def test_a_mistake_in_the_data_gets_one_line_and_nothing_is_written(run, tmp_pat
     [
         ("--beta=0", "--beta"),
         ("--max-length=0", "--max-length"),
+        ("--max-new-tokens=0", "--max-new-tokens"),
         ("--epochs=-1", "--epochs"),
         ("--learning-rate=nan", "--learning-rate"),
         ("--log-z=inf", "--log-z"),
@@ -1356,6 +1364,14 @@ def test_an_unknown_option_is_refused(run, flags):
     with redirect_stderr(io.StringIO()) as told, pytest.raises(SystemExit):
         run(flags)
     assert flags.partition("=")[0] in told.getvalue()
+
+
+def test_an_end_of_several_tokens_is_refused(read_records):
+    """<|im_end|> is no token here: a part of it would end all samples."""
+    tokenizer = AutoTokenizer.from_pretrained(ulma.EXAMPLE)
+    tokenizer.chat_template = CHATML
+    with pytest.raises(ulma.Mistake, match="not one token"):
+        read_records(answer(), tokenizer=tokenizer)
 
 
 def test_quantised_weights_are_refused(run, tmp_path):

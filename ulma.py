@@ -9,10 +9,10 @@ The first half is the paper: its losses, the log-probabilities that they need, t
 evaluation. The second half reads data and runs the command line. For adapters, checkpoints and
 several GPUs there is data/trainer.py, which imports this file.
 
-There is one departure from the paper: nobody knows log Z(x), so a constant stands for it (see
-prior_log_z). The authors' code departs from the paper in three things, each a flag here: it takes
-the mean over a response's tokens instead of the sum (--average), it averages positive and negative
-responses separately (--balanced), and it sets log Z to 0 (--log-z 0).
+One thing is not in the paper: log Z(x) is unknown, and a constant that follows from the labels
+stands for it (see prior_log_z). The authors' code takes 0 for it (--log-z 0). It also takes the
+mean over a response's tokens where the paper has the sum (--average), and averages positive and
+negative responses separately (--balanced).
 """
 # SPDX-License-Identifier: MIT
 
@@ -39,8 +39,8 @@ from transformers.hf_argparser import HfArgumentParser
 from transformers.optimization import get_cosine_schedule_with_warmup
 
 # ---- Losses ----
-# Each function returns one loss for each response, not their mean. It needs torch alone, so copy
-# it to wherever you need it. logps is log π_θ(y|x) and ref_logps is log π_ref(y|x), in nats;
+# The losses return one value for each response, not a mean. This section needs torch and math
+# alone: copy from it what you like. logps is log π_θ(y|x) and ref_logps is log π_ref(y|x), in nats;
 # labels is z. All three have the same shape, usually (B,).
 
 
@@ -74,8 +74,8 @@ def pointwise_dpo_loss(logps, ref_logps, labels, beta=0.1, log_z=0.0, continuous
 def ulma_loss(logps, ref_logps, labels, beta=0.1, log_z=0.0, continuous=False):
     """ULMA: SFT where z = 1, point-wise DPO elsewhere.
 
-    Where z = 1 the value of ref_logps does not matter, but it has to be finite: NaN would spoil
-    the gradient.
+    Exactly 1 is meant: a score of 0.99 is no demonstration. Where z = 1 ref_logps is not used, but
+    it must be finite, for torch.where would let its NaN into the gradient.
     """
     preference = pointwise_dpo_loss(logps, ref_logps, labels, beta, log_z, continuous)
     return torch.where(labels == 1, sft_loss(logps), preference)
@@ -91,8 +91,8 @@ def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
 def prior_log_z(mean_label, beta=0.1, continuous=False):
     """A constant for the unknown log Z(x). It is not in the paper.
 
-    Before the first step π_θ = π_ref, so every response has the reward β log Z. With this constant
-    that reward predicts the mean label: as σ(r_θ), or as r_θ itself in the continuous loss.
+    Before the first step π_θ = π_ref, so every response has the reward r_θ = β log Z. This constant
+    makes σ(r_θ) equal to the mean label; or r_θ itself, in the continuous loss.
     """
     if continuous:
         return mean_label / beta
@@ -104,8 +104,8 @@ HERE = Path(__file__).resolve().parent
 EXAMPLE = HERE / "data" / "base"  # a small language model, aligned within half a minute
 
 
-def option(default, help):
-    return field(default=default, metadata={"help": help})
+def option(default, text):
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -124,23 +124,25 @@ class Options:
     log_z: float | None = option(None, "by default prior_log_z of the mean label")
     continuous: bool = option(False, "the continuous losses; z is the score")
     average: bool = option(False, "log π is the mean over the response's tokens, not the sum")
-    balanced: bool = option(False, "responses of label 1 weigh as much in total as all others")
-    learning_rate: float | None = option(None, "at its peak; for the example 3e-4")
+    balanced: bool = option(False, "rows of label 1 have the same total weight as all others")
+    learning_rate: float | None = option(None, "at its peak; needed but for the example, 3e-4")
     epochs: int | None = option(None, "3, for the example 5")
     batch_size: int = option(16, "rows in a forward pass")
     gradient_accumulation: int = option(1, "forward passes in a step")
-    bf16: bool = torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)
+    bf16: bool = torch.cuda.is_available() and torch.cuda.is_bf16_supported(
+        including_emulation=False
+    )
     max_length: int = option(512, "tokens; longer rows are left out")
-    max_new_tokens: int = option(64, "tokens of a sample")
+    max_new_tokens: int = option(64, "of a sample, which is then cut off")
     seed: int = 0
     eval_only: bool = False
 
 
 class Mistake(Exception):
-    """An error that the user can mend."""
+    """An error that the user can fix."""
 
 
-# These are printed in one line; any other error is a bug of ours, and keeps its traceback.
+# These are told in one line. Any other error may be a bug of ours, and keeps its traceback.
 MISTAKES = (Mistake, OSError, datasets.exceptions.DatasetsError, torch.OutOfMemoryError)
 
 
@@ -152,7 +154,7 @@ def require(condition, message):
 # ---- Log-probabilities ----
 
 
-@dataclass(eq=False)
+@dataclass(eq=False)  # two rows are equal if they are one object
 class Row:
     """A prompt and one rated response."""
 
@@ -164,7 +166,7 @@ class Row:
     ref_logp: float = math.nan  # log π_ref(y|x), once set_reference has been called
     answers: list = field(default_factory=list)  # acceptable responses, for exact match
     group: str | None = None  # exact match is also given for each group
-    kind: str = ""  # plain text, or through the chat template
+    is_chat: bool = False  # the text comes from a chat template
 
 
 def pad(tensors, side="right"):
@@ -179,38 +181,40 @@ def response_logps(model, input_ids, response_mask):
     never looks. The mask is True on the N tokens that count; it is False on the first token of a
     row, which nothing predicts. The model is any decoder-only one of transformers.
     """
-    lengths = response_mask.sum(1).tolist()  # N tokens in all, one row's after another's
-    row, position = response_mask.nonzero().to(input_ids.device, non_blocking=True).unbind(1)
-    with logits_only_at(model, row, position - 1):  # the logits at t − 1 predict the token at t
-        logits = model(input_ids=input_ids, use_cache=False).logits.squeeze(0)  # (N, vocabulary)
-    token_logps = -F.cross_entropy(logits, input_ids[row, position], reduction="none")  # (N,)
-    return torch.stack([of_row.sum() for of_row in token_logps.split(lengths)])
+    # The N tokens stand one after another: first those of row 0, then those of row 1. If the mask
+    # is on the CPU, nothing here waits for a GPU.
+    lengths = response_mask.sum(1).tolist()
+    i, t = response_mask.nonzero().to(input_ids.device, non_blocking=True).unbind(1)
+    with logits_only_at(model, i, t - 1):  # the logits at t − 1 predict the token at t
+        [logits] = model(input_ids=input_ids, use_cache=False).logits  # (N, vocabulary)
+    token_logps = -F.cross_entropy(logits, input_ids[i, t], reduction="none")  # (N,)
+    return torch.stack([one_row.sum() for one_row in token_logps.split(lengths)])
 
 
 @contextmanager
-def logits_only_at(model, row, position):
-    """Within it the model computes its logits only at N positions: (1, N, vocabulary).
+def logits_only_at(model, i, t):
+    """Inside this context the model computes logits only at N positions: (1, N, vocabulary).
 
-    The logits of all B × T positions would take most of the memory, and no loss reads them. The
-    output head works in float32: bfloat16 would round a logit of 20 to a multiple of 1/8.
+    Those of all B × T positions would take most of the memory, and no loss reads them. The output
+    head is also kept out of autocast, since bfloat16 rounds a logit of 20 to a multiple of 1/8.
     """
     head = getattr(model, "module", model).get_output_embeddings()  # DDP has the model in .module
     forward = head.forward
 
-    def forward_there(hidden):  # (B, T, width)
+    def forward_at(hidden):  # (B, T, width)
         with torch.autocast(hidden.device.type, enabled=False):
-            return forward(hidden[row, position].unsqueeze(0).to(head.weight.dtype)).float()
+            return forward(hidden[i, t].unsqueeze(0).to(head.weight.dtype)).float()
 
-    head.forward = forward_there
+    head.forward = forward_at
     try:
         yield
     finally:
-        head.forward = forward
+        del head.forward  # now it is the module's own again
 
 
 def row_logps(model, rows, args):
     """log π_θ(y|x) of a batch of rows, from one forward pass: (B,), on the model's device."""
-    device = next(model.parameters()).device
+    device = next(model.parameters()).device  # DDP has no .device
     input_ids = pad([row.input_ids for row in rows]).to(device, non_blocking=True)
     response_mask = pad([row.response_mask for row in rows])
     with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
@@ -222,16 +226,17 @@ def row_logps(model, rows, args):
 
 @torch.no_grad()
 def all_logps(model, rows, args, title):
-    """log π_θ(y|x) of all rows, in their order: (len(rows),), on the CPU."""
+    """log π(y|x) of all rows, in their order: (len(rows),), on the CPU."""
     logps = torch.empty(len(rows))
-    for indices in tqdm(longest_first(rows, args.batch_size), title):
+    for indices in tqdm(batches_longest_first(rows, args.batch_size), title):
         logps[indices] = row_logps(model, [rows[i] for i in indices], args).cpu()
-    require(logps.isfinite().all(), "log π(y|x) is not finite: try a lower --learning-rate")
+    told = "log π(y|x) is not finite: are the weights, or was the --learning-rate too high?"
+    require(logps.isfinite().all(), told)
     return logps
 
 
-def longest_first(rows, batch_size):
-    """Batches of indices. The longest rows come first: if memory is short, it is so at once."""
+def batches_longest_first(rows, batch_size):
+    """Batches of indices, the longest rows first: if memory is too small, a run fails at once."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].input_ids), reverse=True)
     return chunks(order, batch_size)
 
@@ -241,6 +246,7 @@ def chunks(values, size):
 
 
 def mean(values):
+    """The mean, or None if there are no values."""
     return sum(values) / len(values) if values else None
 
 
@@ -255,38 +261,38 @@ def set_reference(reference, rows, args):
 
 
 def balance(rows):
-    """Scales the weights so that rows of label 1 weigh as much in total as all others.
+    """Scales the weights so that rows of label 1 have the same total weight as all others.
 
-    The authors' code does this within each batch.
+    The authors' code does so within each batch, where it adds the mean losses of the two classes.
     """
     total = sum(row.weight for row in rows)
     positive = sum(row.weight for row in rows if row.label == 1)
     require(0 < positive < total, "--balanced needs rows of label 1 and other rows")
     for row in rows:
-        part = positive if row.label == 1 else total - positive
-        row.weight *= total / 2 / part
+        row.weight *= 0.5 * total / (positive if row.label == 1 else total - positive)
 
 
 def default_log_z(rows, args):
-    """prior_log_z of the weighted mean label, or 0 where the loss has no log Z."""
+    """prior_log_z of the weighted mean label, or 0 if no row's loss contains log Z."""
     only_demonstrations = all(row.label == 1 for row in rows)
     if args.method == "sft" or (args.method == "ulma" and only_demonstrations):
         return 0.0
-    mean_label = sum(row.weight * row.label for row in rows) / sum(row.weight for row in rows)
+    total = sum(row.weight for row in rows)
+    mean_label = sum(row.weight * row.label for row in rows) / total if total else 0.0
     possible = args.continuous or 0 < mean_label < 1
-    require(possible, f"the mean label is {mean_label:g}, which no log Z predicts: give --log-z")
+    require(possible, f"σ(β log Z) cannot be the mean label, {mean_label:g}: give --log-z")
     return prior_log_z(mean_label, args.beta, args.continuous)
 
 
 def prepare(rows, args):
-    """The rows to train on, with their weights; also sets log Z, unless it is given."""
+    """Sets weights and log Z as the options say. Returns the rows that the method trains on."""
     if args.balanced:
         balance(rows)
     if args.log_z is None:
         args.log_z = default_log_z(rows, args)
     if args.method == "sft":
         rows = [row for row in rows if row.label == 1]
-    require(rows, f"{args.data} has no row of label 1, which SFT needs")
+        require(rows, f"{args.data} has no row of label 1, which SFT needs")
     print(f"{args.method}: {len(rows)} rows, β {args.beta:g}, β log Z {args.beta * args.log_z:.3g}")
     print(f"learning rate {args.learning_rate:g}, {args.epochs:g} epochs")
     return rows
@@ -298,13 +304,13 @@ def prepare(rows, args):
 def batch_losses(model, rows, args):
     """The weighted loss and the reward of each row of a batch: (B,), (B,)."""
     logps = row_logps(model, rows, args)
-    numbers = torch.tensor([(row.ref_logp, row.label, row.weight) for row in rows])
+    numbers = torch.tensor([(row.ref_logp, row.label, row.weight) for row in rows])  # (B, 3)
     ref_logps, labels, weights = numbers.to(logps.device, non_blocking=True).unbind(1)
     if args.method == "sft":
         losses = sft_loss(logps)
     else:
-        loss = ulma_loss if args.method == "ulma" else pointwise_dpo_loss
-        losses = loss(logps, ref_logps, labels, args.beta, args.log_z, args.continuous)
+        loss_function = ulma_loss if args.method == "ulma" else pointwise_dpo_loss
+        losses = loss_function(logps, ref_logps, labels, args.beta, args.log_z, args.continuous)
     rewards = implicit_reward(logps.detach(), ref_logps, args.beta, args.log_z)
     return weights * losses, rewards
 
@@ -312,60 +318,54 @@ def batch_losses(model, rows, args):
 def train(model, rows, args, out, losses_of=batch_losses):
     """Minimises the mean loss of the rows, and adds a line to out/log.jsonl every ten steps.
 
-    To train with a loss of your own, pass a function with batch_losses's arguments and results.
+    The optimiser is AdamW without weight decay; gradients are clipped to a norm of 1. To train with
+    a loss of your own, pass a function with the arguments and results of batch_losses.
     """
     rng = random.Random(args.seed)
     steps = []  # a step is a list of batches, whose gradients add up; a batch is a list of rows
     for _ in range(args.epochs):
         batches = batches_of_like_length(rows, args.batch_size, rng)
         steps += chunks(batches, args.gradient_accumulation)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), args.learning_rate, weight_decay=0.0, fused=True
-    )
-    # The rate rises from 0 over a tenth of the steps (so step 1 changes nothing), then falls to 0.
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, args.learning_rate, weight_decay=0.0, fused=True)
+    # The rate rises from 0 over a tenth of the steps (so step 1 of ten or more changes nothing).
     schedule = get_cosine_schedule_with_warmup(optimizer, len(steps) // 10, len(steps))
     losses, rewards, labels = [], [], []  # of the rows since the last line of the log
     progress = tqdm(steps, "training")
     for step, batches in enumerate(progress, 1):
         count = sum(len(batch) for batch in batches)
         for batch in batches:
-            batch_loss, batch_rewards = losses_of(model, batch, args)
-            (batch_loss.sum() / count).backward()
-            losses.append(batch_loss.detach())
-            rewards.append(batch_rewards)
+            row_losses, row_rewards = losses_of(model, batch, args)
+            (row_losses.sum() / count).backward()
+            losses.append(row_losses.detach())
+            rewards.append(row_rewards)
             labels += [row.label for row in batch]
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         learning_rate = schedule.get_last_lr()[0]
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+
         if step % 10 == 0 or step == len(steps):  # reading a value makes the CPU wait for the GPU
-            line = {"step": step, "learning_rate": learning_rate, "gradient_norm": norm.item()}
-            line |= log_line(torch.cat(losses).cpu(), torch.cat(rewards).cpu(), labels)
+            line = {"step": step, "loss": torch.cat(losses).mean().item()}
+            line |= {"gradient_norm": norm.item(), "learning_rate": learning_rate}
             finite = math.isfinite(line["loss"]) and math.isfinite(line["gradient_norm"])
-            require(finite, f"step {step}: the loss is not finite: try a lower --learning-rate")
+            require(finite, f"step {step}: not finite; try a lower --learning-rate: {line}")
+            positive = torch.tensor(labels) == 1
+            for name, which in (("reward_positive", positive), ("reward_negative", ~positive)):
+                line[name] = mean(torch.cat(rewards).cpu()[which].tolist())
             write(out / "log.jsonl", [line], "a")
             progress.set_postfix(loss=line["loss"])
             losses, rewards, labels = [], [], []
 
 
-def log_line(losses, rewards, labels):
-    """The mean loss, and the mean reward of rows with high and with low labels."""
-    positive = torch.tensor(labels) > 0.5
-    return {
-        "loss": losses.mean().item(),
-        "reward_positive": mean(rewards[positive].tolist()),
-        "reward_negative": mean(rewards[~positive].tolist()),
-    }
-
-
 def batches_of_like_length(rows, batch_size, rng):
     """Batches of rows of similar length, which need little padding, in random order.
 
-    Lengths are blurred before they are sorted, so that every epoch has other batches. A last,
-    smaller batch is drawn at random, for its rows weigh more than others.
+    Rows are sorted by their length times a random factor, so that each epoch has other batches. If
+    a smaller batch is left, its rows are random ones, since each counts for more in its step.
     """
-    rows = rng.sample(rows, len(rows))
+    rows = rng.sample(rows, len(rows))  # a shuffled copy
     whole = len(rows) - len(rows) % batch_size
     by_length = sorted(rows[:whole], key=lambda row: len(row.input_ids) * rng.uniform(0.85, 1.15))
     batches = chunks(by_length, batch_size) + chunks(rows[whole:], batch_size)
@@ -386,51 +386,57 @@ class Sample:
 def evaluate(model, tokenizer, rows, args):
     """Metrics, None where they are undefined, and {prompt: texts of its samples}.
 
-    Samples are drawn for the prompts that have acceptable answers or, if none has, for a few.
+    Samples are drawn for the prompts that have acceptable answers, or if none has, for a few.
     sample_distinct is the share of different texts among all samples.
     """
     logps = all_logps(model, rows, args, "log π")
     ref_logps = torch.tensor([row.ref_logp for row in rows])
     labels = torch.tensor([row.label for row in rows])
-    asked = list({row.prompt: row for row in rows if row.answers}.values())
-    samples = sample(model, tokenizer, asked or rows[:SAMPLES], args)
-    drawn = [one for samples_of_row in samples for one in samples_of_row]
+    asked = {row.prompt: row for row in rows if row.answers}
+    asked = asked or {row.prompt: row for row in rows[:8]}
+    samples = sample(model, tokenizer, list(asked.values()), args)
+    all_samples = [one for samples_of_prompt in samples for one in samples_of_prompt]
     metrics = {
         "perplexity": perplexity(logps, labels, rows, args),
-        "reward_auc": concordance(logps - ref_logps, labels),  # rewards have the same order
-        "sample_length": mean([one.length for one in drawn]),
-        "sample_ended": mean([one.ended for one in drawn]),
-        "sample_distinct": len({one.text for one in drawn}) / len(drawn),
+        "reward_auc": concordance(logps - ref_logps, labels),  # β and log Z do not change the order
+        "sample_length": mean([one.length for one in all_samples]),
+        "sample_ended": mean([one.ended for one in all_samples]),
+        "sample_distinct": len({one.text for one in all_samples}) / len(all_samples),
     }
-    hits = defaultdict(list)
-    for row, samples_of_row in zip(asked, samples):
-        matches = [one.ended and one.text in row.answers for one in samples_of_row]
-        hits["exact_match"] += matches
-        if row.group is not None:
-            hits[f"exact_match/{row.group}"] += matches
-    metrics |= {name: mean(matches) for name, matches in hits.items()}
-    texts = [[one.text for one in samples_of_row] for samples_of_row in samples]
-    return metrics, {row.prompt: some for row, some in zip(asked or rows, texts)}
+    matches = defaultdict(list)
+    for row, samples_of_prompt in zip(asked.values(), samples):
+        if row.answers:
+            found = [one.ended and one.text in row.answers for one in samples_of_prompt]
+            matches["exact_match"] += found
+            if row.group is not None:
+                matches[f"exact_match/{row.group}"] += found
+    metrics |= {name: mean(found) for name, found in matches.items()}
+    texts = [[one.text for one in samples_of_prompt] for samples_of_prompt in samples]
+    return metrics, dict(zip(asked, texts))
 
 
 def perplexity(logps, labels, rows, args):
     """exp of the mean −log π of a token, over the responses of label 1."""
-    lengths = torch.tensor([row.response_mask.sum() for row in rows])
-    nats = -logps * lengths if args.average else -logps
     good = labels == 1
     if not good.any():
         return None
-    return (nats[good].sum() / lengths[good].sum()).double().exp().item()
+    lengths = torch.tensor([row.response_mask.sum() for row in rows])
+    if args.average:  # row_logps has divided by them
+        logps = logps * lengths
+    nats = -logps[good].sum() / lengths[good].sum()
+    return nats.double().exp().item()  # float32 overflows at e^89
 
 
 def concordance(scores, labels):
     """P(score_i > score_j | label_i > label_j), ties counting ½; for labels 0 and 1 the ROC AUC."""
+    if not scores.isfinite().all():  # log π_ref is not known
+        return None
     wins, pairs = 0.0, 0
     for score, label in zip(scores, labels):
         lower = scores[labels < label]
         wins += (score > lower).sum().item() + (score == lower).sum().item() / 2
         pairs += len(lower)
-    return wins / pairs if pairs and scores.isfinite().all() else None
+    return wins / pairs if pairs else None
 
 
 @torch.no_grad()
@@ -448,172 +454,181 @@ def sample(model, tokenizer, rows, args):
         pad_token_id=tokenizer.eos_token_id,
     )
     samples = [[] for _ in rows]
-    for indices in tqdm(longest_first(rows, args.batch_size), "samples"):
+    for indices in tqdm(batches_longest_first(rows, args.batch_size), "samples"):
         prompts = [rows[i].input_ids[~rows[i].response_mask] for i in indices]
         input_ids = pad(prompts, "left").to(model.device)
         attention_mask = pad([torch.ones_like(prompt) for prompt in prompts], "left")
         with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
             output = model.generate(input_ids, attention_mask=attention_mask.to(model.device))
         for n, tokens in enumerate(output[:, input_ids.shape[1] :].tolist()):
-            length = 0
-            while length < len(tokens) and tokens[length] not in ends:
-                length += 1
-            text = tokenizer.decode(tokens[:length]).strip()
-            samples[indices[n // SAMPLES]].append(Sample(text, length, length < len(tokens)))
+            one = read_sample(tokens, ends, tokenizer)
+            samples[indices[n // SAMPLES]].append(one)  # those of a prompt stand together
     model.generation_config = stored
     return samples
+
+
+def read_sample(tokens, ends, tokenizer):
+    """The sample that these tokens are, up to the first end."""
+    length = 0
+    while length < len(tokens) and tokens[length] not in ends:
+        length += 1
+    return Sample(tokenizer.decode(tokens[:length]).strip(), length, ended=length < len(tokens))
 
 
 # ==== Here ends the paper. Below, data is read, and the command line calls what stands above ====
 
 
 # ---- Data ----
-# A record is what stands in a line of the user's data: a rated response, or a pair of responses.
+# A record is one line of the user's data: a rated response, or a pair of responses.
 ROLES = ("system", "developer", "user", "assistant", "tool")
-MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']""")
+MESSAGES_IN_A_STRING = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']""")
 
 
 def load_rows(args, tokenizer):
     """Rows to train on, none with --eval-only, and rows to test on."""
     splits = find_splits(args)
-    has_test = args.test_split in splits or args.test_split != "test"
-    rows = []
-    if not (args.eval_only and has_test):
-        rows = read_split(splits, args.train_split, args, tokenizer)
-    if has_test:
-        return rows, read_split(splits, args.test_split, args, tokenizer)
+    if args.test_split in splits or args.test_split != "test":  # a name that was given must exist
+        test_rows = read_split(splits, args.test_split, args, tokenizer)
+        if args.eval_only:
+            return [], test_rows
+        return read_split(splits, args.train_split, args, tokenizer), test_rows
+    rows = read_split(splits, args.train_split, args, tokenizer)
     prompts = sorted({row.prompt for row in rows})
+    require(len(prompts) > 1, f"{args.data} has no test split, and only one prompt")
     held_out = set(random.Random(args.seed).sample(prompts, math.ceil(len(prompts) / 10)))
     print(f"there is no test split, so {len(held_out)} of {len(prompts)} prompts are held out")
     test_rows = [row for row in rows if row.prompt in held_out]
     rows = [row for row in rows if row.prompt not in held_out]
-    require(rows, f"{args.data} has no test split, and only one prompt")
     return [] if args.eval_only else rows, test_rows
 
 
 def find_splits(args):
-    """{name: records} for each split. JSON lines are read as they stand, all else by datasets."""
+    """{name: its files of JSON lines}; if there are none, the splits of datasets.load_dataset."""
     path = Path(args.data, args.data_dir or "")
-    name = args.test_split if args.eval_only else args.train_split  # if there is but one file
+    only_split = args.test_split if args.eval_only else args.train_split  # of a single file
     if path.suffix == ".jsonl":
-        return {name: json_lines([path])}
+        return {only_split: [path]}
     files = defaultdict(list)
     for file in sorted(path.glob("*.jsonl")):
-        split = re.sub(r"[-_]?\d+(-of-\d+)?$", "", file.stem)  # train-00000-of-00002 is of train
-        files[split].append(file)
+        name = re.sub(r"[-_]?\d+(-of-\d+)?$", "", file.stem)  # train-00000-of-00002 is of train
+        files[name].append(file)
     if files:
-        return {split: json_lines(parts) for split, parts in files.items()}
+        return files
     if path.is_file():
-        splits = datasets.load_dataset(str(path.parent), data_files={name: path.name})
+        splits = datasets.load_dataset(str(path.parent), data_files={only_split: path.name})
     else:
         splits = datasets.load_dataset(args.data, data_dir=args.data_dir)
     for split in splits.values():
-        label = split.features.get("label")
-        is_class = isinstance(label, datasets.ClassLabel)  # whose numbers follow the alphabet
-        require(not is_class, f"the label of {args.data} is a {label}: write the numbers 0 and 1")
         is_csv = split.info.builder_name == "csv"
-        require(not is_csv, f"{args.data}: CSV loses texts such as NA, so write JSON lines")
+        require(not is_csv, f"{args.data}: CSV turns the text NA into nothing; write JSON lines")
+        label = split.features.get("label")
+        is_class = isinstance(label, datasets.ClassLabel)  # 0 and 1 are in the order of the names
+        require(not is_class, f"{args.data}: the label is a {label}; write the numbers 0 and 1")
     return splits
 
 
-def json_lines(files):
-    """The records in files of JSON lines."""
-    for file in files:
-        number = 0
-        try:
-            with file.open(encoding="utf-8-sig") as lines:
-                for number, line in enumerate(lines, 1):  # noqa: B007
-                    if line.strip():
-                        yield json.loads(line)
-        except ValueError as error:  # neither JSON nor UTF-8
-            raise Mistake(f"{file}, line {number} or the next: {error}") from None
+def read_records(source, name, args):
+    """(where it stands, the record) for each record of a split."""
+    if not isinstance(source, list):  # of files
+        for number, record in enumerate(source, 1):
+            yield f"{args.data}, {name}, row {number}", record
+        return
+    for file in source:
+        for number, line in enumerate(file.read_bytes().splitlines(), 1):
+            where = f"{file}, line {number}"
+            try:
+                if line.strip():
+                    yield where, json.loads(line)
+            except ValueError as error:  # neither JSON nor UTF-8
+                raise Mistake(f"{where}: {error}") from None
 
 
 def read_split(splits, name, args, tokenizer):
     """The rows of a split. Prints what was left out, and the first row as the model sees it."""
-    place = f"{args.data}, {name}"
-    require(name in splits, f"{place}: there is no such split, only {', '.join(splits)}")
-    rows, too_long, unread = [], 0, set()
-    for number, record in enumerate(tqdm(splits[name], f"{name} rows"), 1):
+    require(name in splits, f"{args.data} has no split {name}, only {', '.join(splits)}")
+    rows, unread = [], set()
+    for where, record in tqdm(read_records(splits[name], name, args), f"{name} rows"):
         try:
-            found, other_columns = read_record(record, args, tokenizer)
+            found, others = read_record(record, args, tokenizer)
         except Mistake as mistake:
-            raise Mistake(f"{place}, row {number}: {mistake}") from None
-        unread |= other_columns
-        for row in found:
-            if len(row.input_ids) <= args.max_length:
-                rows.append(row)
-            else:
-                too_long += 1
-    require(rows, f"{place}: there is no row, or none within --max-length {args.max_length}")
-    positive, kind = sum(row.label == 1 for row in rows), rows[0].kind
-    ids, mask = rows[0].input_ids, rows[0].response_mask
-    print(f"{name}: {len(rows)} rows, {positive} with label 1; {too_long} too long, left out")
+            raise Mistake(f"{where}: {mistake}") from None
+        rows += found
+        unread |= others
+    short = [row for row in rows if len(row.input_ids) <= args.max_length]
+    told = f"{name}: {len(short)} rows, and {len(rows) - len(short)} over --max-length, left out"
+    require(short, f"{args.data}, {told}")
+    kind = "through the chat template" if short[0].is_chat else "plain text"
+    ids, mask = short[0].input_ids, short[0].response_mask
+    print(f"{told}; with label 1: {sum(row.label == 1 for row in short)}")
     print(f"  columns not read: {', '.join(sorted(unread)) or 'none'}; the first row, {kind}:")
     print(f"  prompt   {tokenizer.decode(ids[~mask])!r}")
     print(f"  response {tokenizer.decode(ids[mask])!r}")
-    return rows
+    return short
 
 
 def read_record(record, args, tokenizer):
     """The row of a record, or the two rows of a pair; and the columns that were not read."""
-    require(isinstance(record, dict), "it is no object with columns")
-    rest = {name: value for name, value in record.items() if value is not None}
-    prompt, completion = rest.pop("prompt", None), rest.pop("completion", None)
-    chosen, rejected = rest.pop("chosen", None), rest.pop("rejected", None)
-    answers, group = rest.pop("answers", []), rest.pop("group", None)
-    weight = rest.pop("weight", 1.0)
-    label = "score" if args.continuous and "score" in rest else "label"
-    if chosen or rejected:
-        require(not completion, "it has a completion and a pair as well")
-        rated = [(chosen, 1), (rejected, 0)]
+    require(isinstance(record, dict), "it is not a JSON object")
+    record = {name: value for name, value in record.items() if value is not None}
+    label = "score" if args.continuous and "score" in record else "label"
+    if record.get("chosen") or record.get("rejected"):
+        require(not record.get("completion"), "it has a completion and a pair as well")
+        rated = [(record.get("chosen"), 1), (record.get("rejected"), 0)]
+        columns = {"chosen", "rejected"}
     else:
-        rated = [(completion, rest.pop(label, None))]
+        told = (
+            f"it needs completion and {label}, or chosen and rejected; it has {', '.join(record)}"
+        )
+        require("completion" in record and label in record, told)
+        rated = [(record["completion"], record[label])]
+        columns = {"completion", "chosen", "rejected", label}
+    rows = [read_row(record, response, z, args, tokenizer) for response, z in rated]
+    return rows, record.keys() - columns - {"prompt", "answers", "group", "weight"}
+
+
+def read_row(record, response, z, args, tokenizer):
+    """The row of one response, whose label is z."""
+    is_score = args.continuous and isinstance(z, float) and 0 < z < 1
+    told = f"its label is {z!r}: use 0 or 1, with --continuous from 0 to 1, a demonstration"
+    require(z in (0, 1) or is_score, told)
+    weight, answers = record.get("weight", 1.0), record.get("answers", [])
     is_weight = isinstance(weight, int | float) and 0 <= weight < math.inf
     require(is_weight, f"its weight is {weight!r}, not a number from 0 on")
-    require(isinstance(answers, list), f"its answers are {answers!r}, not a list of texts")
-    rows = []
-    for response, z in rated:
-        is_score = args.continuous and isinstance(z, float) and 0 < z < 1
-        told = f"its {label} is {z!r}, not 0 or 1 (with --continuous: from 0 to 1, a demonstration)"
-        require(z in (0, 1) or is_score, f"{told}; its columns are {', '.join(record)}")
-        row = read_row(prompt, response, answers, tokenizer)
-        row.label, row.weight, row.group = float(z), float(weight), group
-        rows.append(row)
-    return rows, set(rest)
-
-
-def read_row(prompt, response, answers, tokenizer):
-    """A row, still without its label."""
+    are_texts = isinstance(answers, list) and all(isinstance(text, str) for text in answers)
+    require(are_texts, f"its answers are {answers!r}, not a list of texts")
+    prompt = record.get("prompt")
     for value in (prompt, response):
-        as_text = isinstance(value, str) and MESSAGES_AS_TEXT.match(value)
-        require(not as_text, f"it has a list of messages, written as a text: {value!r:.80}")
+        in_a_string = isinstance(value, str) and MESSAGES_IN_A_STRING.match(value)
+        require(not in_a_string, f"it has a list of messages in a string: {value!r:.80}")
     is_chat = isinstance(prompt, list) or isinstance(response, list)
     read = read_chat if is_chat else read_text
-    prompt_text, opening, answer = read(prompt, response, tokenizer)
-    # A chat template writes what begins a text, such as <bos>, itself; else the tokenizer does.
-    prompt_ids = tokenizer(prompt_text, add_special_tokens=not is_chat).input_ids
-    ids = tokenizer(prompt_text + opening + answer, add_special_tokens=not is_chat).input_ids
+    prompt, opening, answer = read(prompt, response, tokenizer)
+
+    # A chat template writes <bos> and the end itself; of plain text that is the tokenizer's task.
+    prompt_ids = tokenizer(prompt, add_special_tokens=not is_chat).input_ids
+    ids = tokenizer(prompt + opening + answer, add_special_tokens=not is_chat).input_ids
     if not is_chat and ids[-1] != tokenizer.eos_token_id:
         ids.append(tokenizer.eos_token_id)
     # A token that spans the boundary between prompt and response belongs to the response.
     start = len(os.path.commonprefix([prompt_ids, ids]))
-    require(start > 0, f"its prompt {prompt_text[:60]!r} has no token of its own")
-    row = Row(prompt_text, torch.tensor(ids), torch.arange(len(ids)) >= start, math.nan)
-    row.kind = "through the chat template" if is_chat else "plain text"
-    for text in answers:  # as samples are: tokens that have been decoded
+    require(start > 0, f"its prompt {prompt[:60]!r} has no token of its own")
+    mask = torch.arange(len(ids)) >= start
+    row = Row(prompt, torch.tensor(ids), mask, float(z), float(weight), is_chat=is_chat)
+    row.group = record.get("group")
+    for text in answers:  # encoded and decoded, so that they compare equal to samples
         answer_ids = tokenizer(opening + text, add_special_tokens=False).input_ids
         row.answers.append(tokenizer.decode(answer_ids).strip())
     return row
 
 
 def read_text(prompt, response, tokenizer):
-    """Plain text is taken as it stands: the prompt, nothing, the response."""
+    """(prompt, opening, answer) as in read_chat; plain text has no opening, and no end yet."""
     require(isinstance(response, str), f"its response is {response!r}, not a text")
     if prompt is None:  # a transcript, as in HH-RLHF: its last turn is the response
         before, turn, response = response.rpartition("\n\nAssistant:")
         prompt = before + turn
-    require(isinstance(prompt, str) and prompt, f"its prompt is {prompt!r}, not a text")
+    is_text = isinstance(prompt, str) and prompt
+    require(is_text, f"its prompt is {prompt!r}, and the response holds no '\\n\\nAssistant:'")
     if response.rstrip().endswith(tokenizer.eos_token):
         response = response.rstrip().removesuffix(tokenizer.eos_token)
     require(response.strip(), "its response is empty")
@@ -621,32 +636,41 @@ def read_text(prompt, response, tokenizer):
 
 
 def read_chat(prompt, response, tokenizer):
-    """The prompt, what the chat template writes before the answer, the answer with its end."""
-    messages = as_messages(response, "assistant")
+    """(prompt, opening, answer): what the chat template writes before, around and for the answer.
+
+    The opening may be an empty <think> block. The answer has its end, such as <|im_end|>.
+    """
+    conversation = as_messages(response, "assistant")
     asked = as_messages(prompt or [], "user")
-    if len(messages) == 1:
-        messages = asked + messages
-    require(all(m in messages for m in asked), "its conversation does not hold its prompt")
-    *asked, last = messages
-    is_answer = asked and asked[-1]["role"] != "assistant" and last["role"] == "assistant"
+    if len(conversation) == 1:
+        conversation = asked + conversation
+    is_whole = all(message in conversation for message in asked)
+    require(is_whole, "its conversation does not contain its prompt")
+    require(len(conversation) > 1, "it has no prompt")
+    *context, last = conversation
+    is_answer = context[-1]["role"] != "assistant" and last["role"] == "assistant"
     require(is_answer, "it does not end with one answer of the assistant")
-    answer = last["content"].strip()
-    require(answer, "its response is empty")
+    text = last["content"].strip()
+    require(text, "its response is empty")
 
-    opened = through_template(asked, tokenizer, add_generation_prompt=True)
-    whole = through_template(messages, tokenizer)
-    contents = [message["content"].strip() for message in messages]
-    for text in filter(None, contents):
-        times = sum(content.count(text) for content in contents)
-        require(whole.count(text) >= times, f"the template leaves out or changes {text[:60]!r}")
-    require(whole.startswith(opened), f"the template's {opened[-40:]!r} is not before the answer")
+    prompt = through_template(context, tokenizer, add_generation_prompt=True)
+    whole = through_template(conversation, tokenizer)
+    contents = [message["content"].strip() for message in conversation]
+    for content in filter(None, contents):  # which may stand in several messages
+        times = sum(other.count(content) for other in contents)
+        told = f"the template leaves out or changes {content[:60]!r}"
+        require(whole.count(content) >= times, told)
+    require(whole.startswith(prompt), f"the template's {prompt[-40:]!r} is not before the answer")
 
-    mark = "\ue000"  # in place of the answer, to see what the template writes after it
-    marked = through_template([*asked, last | {"content": mark}], tokenizer)
-    after = marked.rpartition(mark)[2]
-    opening = whole.removeprefix(opened).removesuffix(after).rpartition(answer)[0]
-    end = re.match(r"\s*\S+", after)  # such as <|im_end|>
-    return opened, opening, answer + (end[0] if end else tokenizer.eos_token)
+    # A mark in place of the answer shows what the template writes after an answer.
+    mark = "\ue000"
+    after = through_template([*context, last | {"content": mark}], tokenizer).rpartition(mark)[2]
+    opening = whole.removeprefix(prompt).removesuffix(after).rpartition(text)[0]
+    found = re.match(r"\s*\S+", after)
+    end = found[0] if found else tokenizer.eos_token
+    is_token = len(tokenizer(end.strip(), add_special_tokens=False).input_ids) == 1
+    require(is_token, f"the template ends an answer with {end!r}, which is not one token")
+    return prompt, opening, text + end
 
 
 def through_template(messages, tokenizer, **options):
@@ -660,14 +684,16 @@ def as_messages(value, role):
     """A text, or a list of messages, as messages of a role and a content."""
     if isinstance(value, str):
         return [{"role": role, "content": value}]
-    are_objects = isinstance(value, list) and all(isinstance(part, dict) for part in value)
-    require(are_objects, f"{value!r:.80} is neither a text nor a list of messages")
+    require(isinstance(value, list), f"{value!r:.80} is neither a text nor a list of messages")
     messages = []
     for message in value:
+        require(isinstance(message, dict), f"{message!r:.80} is not a message")
+        # The library datasets gives every message every key, with None if it has none.
         given = {key: part for key, part in message.items() if part not in (None, "", [], {})}
         plain = {"role": given.pop("role", None), "content": given.pop("content", "")}
         is_plain = not given and plain["role"] in ROLES and isinstance(plain["content"], str)
-        require(is_plain, f"a message has a role of {ROLES} and a text, no more: {message}")
+        told = f"a message has a role ({', '.join(ROLES)}) and a text, and nothing else: {message}"
+        require(is_plain, told)
         messages.append(plain)
     return messages
 
@@ -677,13 +703,14 @@ def as_messages(value, role):
 
 def read_options(argv=None):
     """The options of a command line. Some defaults follow the model."""
-    parser = HfArgumentParser(Options, prog="ulma.py")
-    args = Options(**vars(parser.parse_args(argv)))
+    args = Options(**vars(HfArgumentParser(Options, prog="ulma.py").parse_args(argv)))
     is_example = Path(args.model).resolve() == EXAMPLE
-    known = is_example or args.learning_rate or args.eval_only
+    known = is_example or args.learning_rate is not None or args.eval_only
     require(known, "--learning-rate is needed: try 1e-5 for 7B parameters, 1e-4 for 135M")
-    defaults = (3.0, 3e-4, 5) if is_example else (0.1, 1e-5, 3)
-    for name, default in zip(("beta", "learning_rate", "epochs"), defaults):
+    defaults = {"beta": 0.1, "learning_rate": 1e-5, "epochs": 3}
+    if is_example:
+        defaults = {"beta": 3.0, "learning_rate": 3e-4, "epochs": 5}
+    for name, default in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, default)
     check_numbers(args)
@@ -691,7 +718,8 @@ def read_options(argv=None):
 
 
 def check_numbers(args):
-    for name in "beta learning_rate epochs batch_size gradient_accumulation max_length".split():
+    names = "beta learning_rate epochs batch_size gradient_accumulation max_length max_new_tokens"
+    for name in names.split():
         value = getattr(args, name)
         require(0 < value < math.inf, f"--{name.replace('_', '-')} is {value}; it must be over 0")
     require(math.isfinite(args.log_z or 0.0), "--log-z must be finite")
@@ -700,7 +728,7 @@ def check_numbers(args):
 def load_tokenizer(name):
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except OSError as error:  # which does not always name it
+    except OSError as error:  # which may not name the model
         raise Mistake(f"the model {name}: {error}") from None
     require(tokenizer.eos_token, f"the tokenizer of {name} has no eos_token")
     return tokenizer
@@ -709,7 +737,7 @@ def load_tokenizer(name):
 def load_model(name, tokenizer):
     """The model in float32, in evaluation mode: dropout would make π_θ differ from π_ref."""
     vocabulary = load_tokenizer(name).get_vocab()
-    require(vocabulary == tokenizer.get_vocab(), f"{name} has not the vocabulary of --model")
+    require(vocabulary == tokenizer.get_vocab(), f"{name} does not have the vocabulary of --model")
     quantised = getattr(AutoConfig.from_pretrained(name), "quantization_config", None)
     require(not quantised, f"the weights of {name} are quantised, so they cannot be trained")
     model, report = AutoModelForCausalLM.from_pretrained(
@@ -721,15 +749,15 @@ def load_model(name, tokenizer):
 
 def run(args):
     """Reads data, scores the reference, trains, evaluates. Returns what metrics.json holds."""
+    out = Path(args.output_dir or time.strftime(f"runs/{args.method}-%y%m%d-%H%M%S"))
+    require(not any(out.glob("*")), f"--output-dir {out} is not empty")
     tokenizer = load_tokenizer(args.model)
     rows, test_rows = load_rows(args, tokenizer)
     if not args.eval_only:
         rows = prepare(rows, args)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     reference = load_model(args.reference or args.model, tokenizer).to(device)
-    out = Path(args.output_dir or time.strftime(f"runs/{args.method}-%y%m%d-%H%M%S"))
-    require(not any(out.glob("*")), f"--output-dir {out} is not empty")
-    write(out / "options.json", [asdict(args)], "x")  # "x": of two runs at once, one stops here
+    write(out / "options.json", [asdict(args)], "x")  # fails if another run has just created it
     print(f"--model {args.model} on {device}; results in {out}")
 
     start = time.perf_counter()
@@ -737,39 +765,33 @@ def run(args):
         set_reference(reference, test_rows, args)
         set_reference(reference, rows, args)
     reference_seconds = time.perf_counter() - start
-    if args.reference:
-        del reference  # makes room for the next model
+    policy = reference  # π_θ starts as π_ref,
+    if args.reference:  # or elsewhere
+        del reference, policy  # one model at a time is in memory
         policy = load_model(args.model, tokenizer).to(device)
-    else:
-        policy = reference  # π_θ starts as π_ref
 
     results, samples = {"options": asdict(args)}, {}
     if args.eval_only:
         results["eval"], samples["eval"] = evaluate(policy, tokenizer, test_rows, args)
     else:
         for part in (policy.config, policy.generation_config, tokenizer):
-            part.save_pretrained(out)  # what cannot be saved is found out before training
+            part.save_pretrained(out)  # what cannot be saved is to fail now, not after training
         results["before"], samples["before"] = evaluate(policy, tokenizer, test_rows, args)
         start = time.perf_counter()
         train(policy, rows, args, out)
-        results["train"] = speed(rows, args, time.perf_counter() - start, reference_seconds)
+        seconds = time.perf_counter() - start
         policy.save_pretrained(out)
         results["after"], samples["after"] = evaluate(policy, tokenizer, test_rows, args)
+        results["train"] = {
+            "samples": args.epochs * len(rows),
+            "tokens": args.epochs * sum(len(row.input_ids) for row in rows),
+            "seconds": seconds,
+            "reference_seconds": reference_seconds,
+            "samples_per_second": args.epochs * len(rows) / seconds,
+            "peak_memory_bytes": torch.cuda.max_memory_allocated() or None,  # also of evaluation
+        }
     report(results, samples, out)
     return results
-
-
-def speed(rows, args, seconds, reference_seconds):
-    """What training took."""
-    samples = args.epochs * len(rows)
-    return {
-        "samples": samples,
-        "tokens": args.epochs * sum(len(row.input_ids) for row in rows),
-        "seconds": seconds,
-        "reference_seconds": reference_seconds,
-        "samples_per_second": samples / seconds,
-        "peak_memory_bytes": torch.cuda.max_memory_allocated() or None,
-    }
 
 
 def report(results, samples, out):
@@ -799,7 +821,7 @@ def write(path, values, mode="w"):
 
 
 def main(argv=None):
-    """The command line. What the user can mend is told in one line, with exit code 2."""
+    """The command line. What the user can fix is told in one line, with exit code 2."""
     torch.set_flush_denormal(True)  # arithmetic with denormal numbers is very slow on a CPU
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # the terminal may not know every character
@@ -807,7 +829,7 @@ def main(argv=None):
         return run(read_options(argv))
     except MISTAKES as error:
         if isinstance(error, datasets.exceptions.DatasetsError):
-            error = error.__cause__ or error  # what went wrong
+            error = error.__cause__ or error  # it hides the reason in its cause
         print(f"ulma.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
 

@@ -164,12 +164,12 @@ def execute(run):
     shutil.rmtree(out, ignore_errors=True)
     start, flags = ROWS[name, rows_name]
     paths = {"model": start_of(start, seed), "data": str(RUNS / f"rows/{rows_name}, {seed}")}
-    given = {"learning_rate": 3e-4, "seed": seed, "test_split": "train"}
+    given = {"learning_rate": 3e-4, "seed": seed}
     beta, _, push = beta.partition(", λ ")
     own, argv = read_flags(f"{flags} {beta}")
     args = options(argv, **paths, **given)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    rows, _ = ulma.load_rows(args, tokenizer)
+    rows = ulma.read_split(ulma.find_splits(args), "train", args, tokenizer)
     rows = ulma.prepare(rows, args)
     for row in rows:  # after log Z, which λ leaves alone
         if push and row.label == 0:
