@@ -763,6 +763,21 @@ def test_samples_have_a_length_an_end_and_a_share_of_distinct_ones(small, genera
     assert metrics["sample_distinct"] == pytest.approx(2 / 12)
 
 
+def test_a_sample_ends_as_the_rows_do_if_that_is_not_eos(small, generating):
+    generating([[37, 8, END]])
+    rows = asked(1)
+    rows[0].input_ids[-1] = 8
+    [[one, *_]] = ulma.sample(ulma.load_model(small, TOKENIZER), TOKENIZER, rows, options())
+    assert one == ulma.Sample(TOKENIZER.decode([37]).strip(), 1, True)
+
+
+def test_samples_come_from_the_whole_distribution(small):
+    model, rows = ulma.load_model(small, TOKENIZER), random_rows(60)
+    model.lm_head.weight.data.zero_()  # all tokens alike
+    samples = ulma.sample(model, TOKENIZER, rows, options("--max-new-tokens 1"))
+    assert len({one.text for some in samples for one in some}) > 100
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -902,6 +917,22 @@ def test_a_data_set_from_the_hub_is_read_by_its_name(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert [len(rows) for rows in load("someone/rows", "--data-dir graded")] == [20, 1]
+
+
+def test_each_parquet_file_keeps_its_own_types(tmp_path):
+    """Cast to the first file's type, a label of 5 would be true."""
+    first = [point(i, bool(i % 2)) for i in range(4)]
+    second = [point(i, label) for i, label in enumerate((1, 5, -1))]
+    datasets.Dataset.from_list(first).to_parquet(tmp_path / "train-0.parquet")
+    datasets.Dataset.from_list(second).to_parquet(tmp_path / "train-1.parquet")
+    with pytest.raises(ulma.Mistake, match=r"train-1.parquet, row 2: its label is 5"):
+        load(tmp_path)
+
+
+def test_pairs_with_different_prompts_are_told(read_records, capsys):
+    pair = {"chosen": "Human: A\n\nAssistant: x", "rejected": "Human: B\n\nAssistant: y"}
+    read_records(pair, pair, point(1))
+    assert "2 pairs differ in their prompts" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["rows.csv", "rows.tsv"])
@@ -1289,11 +1320,20 @@ def test_of_two_runs_at_once_into_one_folder_the_second_stops(run, tmp_path, mon
 
 def test_what_cannot_be_saved_is_found_out_before_training(run, tmp_path, monkeypatch):
     def no_room(*given):
-        raise OSError("No space left on device")
+        raise ValueError("no room for the weights")
 
-    monkeypatch.setattr(transformers.PretrainedConfig, "save_pretrained", no_room)
-    assert "No space left" in error_of(run)
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", no_room)
+    assert "cannot be saved in" in error_of(run)
     assert not (tmp_path / "out" / "log.jsonl").exists()
+
+
+def test_until_training_is_over_the_folder_has_no_weights(run, tmp_path, monkeypatch):
+    def stop(*given):
+        raise ulma.Mistake("stopped")
+
+    monkeypatch.setattr(ulma, "train", stop)
+    assert "stopped" in error_of(run)
+    assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
 A, B = json.dumps(point(1)), json.dumps(point(2, 0))
@@ -1307,7 +1347,7 @@ A, B = json.dumps(point(1)), json.dumps(point(2, 0))
         (A.replace("Answer", "\xe9"), "utf-8"),
         ("[1, 2]", "not a JSON object"),
         (A.replace("label", "lable"), "needs completion and label.*has prompt, completion, lable"),
-        (A.replace(" Answer 1.", ""), "response is empty"),
+        (A.replace(" Answer 1.", ""), "it needs completion"),
         (A.replace(" Answer 1.", "  "), "response is empty"),
         (A.replace(" Answer 1.", "<eos>"), "response is empty"),
         (A.replace('" Answer 1."', "5"), "response is 5, not a text"),
@@ -1321,7 +1361,7 @@ A, B = json.dumps(point(1)), json.dumps(point(2, 0))
         (A.replace(": 1}", ': 1,  "answers": "Yes."}'), "answers are 'Yes.'"),
         (f"{A}\n{A.replace(': 1}', ': 2}')}", "line 2: its label is 2"),
         ('{"chosen": " Good.", "rejected": ""}', "prompt is ''"),
-        ('{"prompt": "Hi", "chosen": " Good.", "rejected": ""}', "response is empty"),
+        ('{"prompt": "Hi", "chosen": " Good.", "rejected": ""}', "response is None"),
         ('{"prompt": "Hi", "chosen": " Good."}', "response is None"),
         (A.replace(": 1}", ': 1, "chosen": "a", "rejected": "b"}'), "a pair as well"),
         (json.dumps(answer()), "chat_template"),

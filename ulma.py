@@ -32,6 +32,7 @@ from typing import Literal
 import datasets
 import torch
 import torch.nn.functional as F
+from datasets.exceptions import DatasetsError
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -143,7 +144,7 @@ class Mistake(Exception):
 
 
 # These are told in one line. Any other error may be a bug of ours, and keeps its traceback.
-MISTAKES = (Mistake, OSError, datasets.exceptions.DatasetsError, torch.OutOfMemoryError)
+MISTAKES = (Mistake, OSError, DatasetsError, torch.OutOfMemoryError)
 
 
 def require(condition, message):
@@ -503,57 +504,59 @@ def load_rows(args, tokenizer):
 
 
 def find_splits(args):
-    """{name: its files of JSON lines}; if there are none, the splits of datasets.load_dataset."""
+    """{name: its files of JSON lines or Parquet}, or else the splits of datasets.load_dataset."""
     path = Path(args.data, args.data_dir or "")
-    only_split = args.test_split if args.eval_only else args.train_split  # of a single file
-    if path.suffix == ".jsonl":
-        return {only_split: [path]}
+    if path.is_file():
+        return {args.test_split if args.eval_only else args.train_split: [path]}
     files = defaultdict(list)
-    for file in sorted(path.glob("*.jsonl")):
+    for file in sorted([*path.glob("*.jsonl"), *path.glob("*.parquet")]):
         name = re.sub(r"[-_]?\d+(-of-\d+)?$", "", file.stem)  # train-00000-of-00002 is of train
         files[name].append(file)
-    if files:
-        return files
-    if path.is_file():
-        splits = datasets.load_dataset(str(path.parent), data_files={only_split: path.name})
-    else:
-        splits = datasets.load_dataset(args.data, data_dir=args.data_dir)
-    for split in splits.values():
-        is_csv = split.info.builder_name == "csv"
-        require(not is_csv, f"{args.data}: CSV turns the text NA into nothing; write JSON lines")
-        label = split.features.get("label")
-        is_class = isinstance(label, datasets.ClassLabel)  # 0 and 1 are in the order of the names
-        require(not is_class, f"{args.data}: the label is a {label}; write the numbers 0 and 1")
-    return splits
+    return files or datasets.load_dataset(args.data, data_dir=args.data_dir)
 
 
-def read_records(source, name, args):
+def read_records(source, place):
     """(where it stands, the record) for each record of a split."""
-    if not isinstance(source, list):  # of files
-        for number, record in enumerate(source, 1):
-            yield f"{args.data}, {name}, row {number}", record
+    if isinstance(source, list):  # each file is read by itself, for it may have types of its own
+        for file in source:
+            if file.suffix == ".jsonl":
+                yield from read_json_lines(file)
+            else:
+                splits = datasets.load_dataset(str(file.parent), data_files=file.name)
+                yield from read_records(splits["train"], file)
         return
-    for file in source:
-        for number, line in enumerate(file.read_bytes().splitlines(), 1):
-            where = f"{file}, line {number}"
-            try:
-                if line.strip():
-                    yield where, json.loads(line)
-            except ValueError as error:  # neither JSON nor UTF-8
-                raise Mistake(f"{where}: {error}") from None
+    is_csv = source.info.builder_name == "csv"
+    require(not is_csv, f"{place}: CSV turns the text NA into nothing; write JSON lines")
+    label = source.features.get("label")
+    is_class = isinstance(label, datasets.ClassLabel)  # 0 and 1 are in the order of the names
+    require(not is_class, f"{place}: the label is a {label}; write the numbers 0 and 1")
+    for number, record in enumerate(source, 1):
+        yield f"{place}, row {number}", record
+
+
+def read_json_lines(file):
+    for number, line in enumerate(file.read_bytes().splitlines(), 1):
+        where = f"{file}, line {number}"
+        try:
+            if line.strip():
+                yield where, json.loads(line)
+        except ValueError as error:  # neither JSON nor UTF-8
+            raise Mistake(f"{where}: {error}") from None
 
 
 def read_split(splits, name, args, tokenizer):
     """The rows of a split. Prints what was left out, and the first row as the model sees it."""
     require(name in splits, f"{args.data} has no split {name}, only {', '.join(splits)}")
-    rows, unread = [], set()
-    for where, record in tqdm(read_records(splits[name], name, args), f"{name} rows"):
+    rows, unread, unequal = [], set(), 0
+    records = read_records(splits[name], f"{args.data}, {name}")
+    for where, record in tqdm(records, f"{name} rows"):
         try:
             found, others = read_record(record, args, tokenizer)
         except Mistake as mistake:
             raise Mistake(f"{where}: {mistake}") from None
         rows += found
         unread |= others
+        unequal += len({row.prompt for row in found}) > 1
     short = [row for row in rows if len(row.input_ids) <= args.max_length]
     told = f"{name}: {len(short)} rows, and {len(rows) - len(short)} over --max-length, left out"
     require(short, f"{args.data}, {told}")
@@ -563,13 +566,15 @@ def read_split(splits, name, args, tokenizer):
     print(f"  columns not read: {', '.join(sorted(unread)) or 'none'}; the first row, {kind}:")
     print(f"  prompt   {tokenizer.decode(ids[~mask])!r}")
     print(f"  response {tokenizer.decode(ids[mask])!r}")
+    if unequal:
+        print(f"  {unequal} pairs differ in their prompts, too; only the last responses are rated")
     return short
 
 
 def read_record(record, args, tokenizer):
     """The row of a record, or the two rows of a pair; and the columns that were not read."""
     require(isinstance(record, dict), "it is not a JSON object")
-    record = {name: value for name, value in record.items() if value is not None}
+    record = {name: value for name, value in record.items() if value not in (None, "")}
     label = "score" if args.continuous and "score" in record else "label"
     if record.get("chosen") or record.get("rejected"):
         require(not record.get("completion"), "it has a completion and a pair as well")
@@ -774,8 +779,7 @@ def run(args):
     if args.eval_only:
         results["eval"], samples["eval"] = evaluate(policy, tokenizer, test_rows, args)
     else:
-        for part in (policy.config, policy.generation_config, tokenizer):
-            part.save_pretrained(out)  # what cannot be saved is to fail now, not after training
+        try_to_save(policy, tokenizer, out)
         results["before"], samples["before"] = evaluate(policy, tokenizer, test_rows, args)
         start = time.perf_counter()
         train(policy, rows, args, out)
@@ -792,6 +796,17 @@ def run(args):
         }
     report(results, samples, out)
     return results
+
+
+def try_to_save(model, tokenizer, out):
+    """Saves all but the weights, which are tried too: what must fail, fails before training."""
+    try:
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+    except Exception as error:  # from several libraries
+        raise Mistake(f"the model cannot be saved in {out}: {error}") from None
+    for file in out.glob("*.safetensors"):
+        file.unlink()
 
 
 def report(results, samples, out):
@@ -828,7 +843,7 @@ def main(argv=None):
     try:
         return run(read_options(argv))
     except MISTAKES as error:
-        if isinstance(error, datasets.exceptions.DatasetsError):
+        if isinstance(error, DatasetsError):
             error = error.__cause__ or error  # it hides the reason in its cause
         print(f"ulma.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

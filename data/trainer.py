@@ -46,7 +46,6 @@ from filelock import FileLock, Timeout
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from transformers import (
-    AutoTokenizer,
     HfArgumentParser,
     Trainer,
     TrainerCallback,
@@ -126,15 +125,18 @@ class ULMATrainer(Trainer):
 
 
 class ReferencePass(TrainerCallback):
-    """log π_ref of all rows, by the prepared model, before the first step."""
+    """Before the first step: a trial of saving, and log π_ref of all rows by the prepared model."""
 
     def on_train_begin(self, *given, **more):
         path = out / "ref_logps.json"
         if path.exists():  # this run has been killed, and its weights are no longer those of π_ref
             ref_logps = json.loads(path.read_text())
         else:
+            trainer.save_model()  # what cannot be saved fails now, not after training
             ref_logps = trainer.predict(rows).predictions.tolist()
             if trainer.is_world_process_zero():
+                for file in out.glob("*.safetensors"):
+                    file.unlink()  # these weights are not yet trained
                 ulma.write(path, [ref_logps])
         for row, ref_logp in zip(rows, ref_logps):
             row.ref_logp = ref_logp
@@ -262,8 +264,6 @@ if trainer.is_world_process_zero():
         lock.acquire(blocking=False)
     except Timeout:
         raise ulma.Mistake(f"--output_dir {out}: another process is training there") from None
-    for part in (model.config, model.generation_config, tokenizer):
-        part.save_pretrained(out / "merged" if adapters.lora else out)
     ulma.write(record, [identity])
 trainer.add_callback(ReferencePass())
 trainer.train(get_last_checkpoint(out) if stored else None)
