@@ -448,7 +448,6 @@ def sample(model, tokenizer, rows, args):
     stored = model.generation_config  # its temperature or top_p would change π_θ
     model.generation_config = GenerationConfig(
         do_sample=True,
-        top_k=0,
         num_return_sequences=SAMPLES,
         max_new_tokens=args.max_new_tokens,
         eos_token_id=sorted(ends),

@@ -42,6 +42,7 @@ if os.environ.get("RANK", "0") != "0":  # of several processes only the first on
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from accelerate.utils import gather_object
 from filelock import FileLock, Timeout
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
@@ -256,7 +257,9 @@ if adapters.lora:
     model = get_peft_model(model, config)
 trainer = ULMATrainer(model, training, collate, rows, processing_class=tokenizer)
 trainer.model_accepts_loss_kwargs = True  # compute_loss has divided by all rows of the step
-trainer.accelerator.wait_for_everyone()  # until all have looked at the folder
+identities = gather_object([identity])  # which also waits until all have looked at the folder
+told = "the processes have read different rows or models"
+ulma.require(all(other == identity for other in identities), told)
 if trainer.is_world_process_zero():
     out.mkdir(parents=True, exist_ok=True)
     lock = FileLock(out / ".lock")
