@@ -354,6 +354,11 @@ def test_balanced_gives_positives_the_weight_of_all_others():
     assert [row.weight for row in rows] == [2.5, 0.625, 0.625, 0.625, 0.625]
 
 
+def test_balanced_changes_nothing_in_sft():
+    rows = ulma.prepare([row(label=1.0)], options("--method sft --balanced"))
+    assert [row.weight for row in rows] == [1.0]
+
+
 def test_balanced_needs_both_kinds():
     with pytest.raises(ulma.Mistake, match="--balanced needs"):
         ulma.balance([row(label=1.0), row(label=1.0)])
@@ -372,7 +377,7 @@ def test_demonstrations_alone_need_no_log_z(method):
 
 @pytest.mark.parametrize("flags, label", [("", 0.0), ("--method pointwise-dpo", 1.0)])
 def test_labels_that_are_all_alike_are_told(flags, label):
-    with pytest.raises(ulma.Mistake, match="cannot be the mean label"):
+    with pytest.raises(ulma.Mistake, match="the mean label is"):
         ulma.default_log_z([row(label=label)], options(flags))
 
 
@@ -932,7 +937,14 @@ def test_each_parquet_file_keeps_its_own_types(tmp_path):
 def test_pairs_with_different_prompts_are_told(read_records, capsys):
     pair = {"chosen": "Human: A\n\nAssistant: x", "rejected": "Human: B\n\nAssistant: y"}
     read_records(pair, pair, point(1))
-    assert "2 pairs differ in their prompts" in capsys.readouterr().out
+    assert "in 2 pairs the prompts differ" in capsys.readouterr().out
+
+
+def test_a_split_in_two_formats_is_refused(tmp_path):
+    write(tmp_path / "train.jsonl", POINTS)
+    datasets.Dataset.from_list(POINTS).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ulma.Mistake, match="which is meant"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["rows.csv", "rows.tsv"])
@@ -971,9 +983,10 @@ def test_columns_that_are_not_read_and_rows_that_are_too_long_are_told(read_reco
     rows = read_records(*POINTS, long, point(9, image="cat.png"), flags="--max-length 25")
     printed = capsys.readouterr().out
     assert len(rows) == 21 and "21 rows, and 1 over --max-length" in printed
-    assert "columns not read: image;" in printed
-    assert "plain text" in printed
-    assert r"prompt   'Question 0?'" in printed and r"response ' Answer 0.<eos>'" in printed
+    assert "columns not read: image\n" in printed
+    assert "plain text: 21; through the chat template: 0" in printed
+    assert "first prompt   'Question 0?'" in printed
+    assert "first response ' Answer 0.<eos>'" in printed
 
 
 def test_a_row_of_just_the_greatest_length_is_kept(read_records):
@@ -1171,7 +1184,7 @@ def test_the_end_of_a_turn_need_not_be_a_special_token(read_records):
         ("", "", {"prompt": [{"role": "User", "content": "Hi"}]}, "a message has"),
         ("", "", {"prompt": ["Hi"]}, "is not a message"),
         ("", "", {"completion": 5}, "nor a list of messages"),
-        ("", "", {"completion": None}, "it needs completion"),
+        ("", "", {"completion": None}, "no completion with a label"),
         ("", "", {"prompt": []}, "it has no prompt"),
         ("", "", {"prompt": ASKED[:2]}, "does not end with one answer"),
         ("", "", {"completion": chat("I am the user")}, "does not end with one answer"),
@@ -1346,8 +1359,11 @@ A, B = json.dumps(point(1)), json.dumps(point(2, 0))
         (f"{A}\n{A[:-9]}", "rows.jsonl, line 2"),
         (A.replace("Answer", "\xe9"), "utf-8"),
         ("[1, 2]", "not a JSON object"),
-        (A.replace("label", "lable"), "needs completion and label.*has prompt, completion, lable"),
-        (A.replace(" Answer 1.", ""), "it needs completion"),
+        (
+            A.replace("label", "lable"),
+            "it has prompt, completion, lable: no completion with a label",
+        ),
+        (A.replace(" Answer 1.", ""), "no completion with a label"),
         (A.replace(" Answer 1.", "  "), "response is empty"),
         (A.replace(" Answer 1.", "<eos>"), "response is empty"),
         (A.replace('" Answer 1."', "5"), "response is 5, not a text"),
@@ -1366,8 +1382,10 @@ A, B = json.dumps(point(1)), json.dumps(point(2, 0))
         (A.replace(": 1}", ': 1, "chosen": "a", "rejected": "b"}'), "a pair as well"),
         (json.dumps(answer()), "chat_template"),
         (json.dumps(point(1, completion=" long" * 99)), "--max-length"),
+        (A.replace('" Answer', '"Question 1? Answer'), "repeats its prompt"),
+        ('{"completion": "Hi\\n\\nAssistant: x\\n\\nHuman: y", "label": 1}', "Human's"),
         ("\n".join([A] * 9), "only one prompt"),
-        ("\n".join(json.dumps(point(i, 0)) for i in range(9)), "cannot be the mean label, 0"),
+        ("\n".join(json.dumps(point(i, 0)) for i in range(9)), "the mean label is 0"),
     ],
 )
 def test_a_mistake_in_the_data_gets_one_line_and_nothing_is_written(run, tmp_path, lines, told):

@@ -76,7 +76,7 @@ def ulma_loss(logps, ref_logps, labels, beta=0.1, log_z=0.0, continuous=False):
     """ULMA: SFT where z = 1, point-wise DPO elsewhere.
 
     Exactly 1 is meant: a score of 0.99 is no demonstration. Where z = 1 ref_logps is not used, but
-    it must be finite, for torch.where would let its NaN into the gradient.
+    it must be finite, since torch.where passes a NaN of the branch not taken into the gradient.
     """
     preference = pointwise_dpo_loss(logps, ref_logps, labels, beta, log_z, continuous)
     return torch.where(labels == 1, sft_loss(logps), preference)
@@ -93,7 +93,7 @@ def prior_log_z(mean_label, beta=0.1, continuous=False):
     """A constant for the unknown log Z(x). It is not in the paper.
 
     Before the first step π_θ = π_ref, so every response has the reward r_θ = β log Z. This constant
-    makes σ(r_θ) equal to the mean label; or r_θ itself, in the continuous loss.
+    makes σ(r_θ), or in the continuous loss r_θ itself, equal to the mean label.
     """
     if continuous:
         return mean_label / beta
@@ -103,6 +103,7 @@ def prior_log_z(mean_label, beta=0.1, continuous=False):
 # ---- Options ----
 HERE = Path(__file__).resolve().parent
 EXAMPLE = HERE / "data" / "base"  # a small language model, aligned within half a minute
+BF16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def option(default, text):
@@ -121,22 +122,20 @@ class Options:
     train_split: str = "train"
     test_split: str = option("test", "if there is none, a tenth of the prompts is held out")
     output_dir: str | None = option(None, "by default a new folder in runs/")
-    beta: float | None = option(None, "β, the scale of the reward: 0.1, for the example 3")
+    beta: float | None = option(None, "β, the scale of the reward; 0.1, or 3 for the example")
     log_z: float | None = option(None, "by default prior_log_z of the mean label")
     continuous: bool = option(False, "the continuous losses; z is the score")
     average: bool = option(False, "log π is the mean over the response's tokens, not the sum")
     balanced: bool = option(False, "rows of label 1 have the same total weight as all others")
-    learning_rate: float | None = option(None, "at its peak; needed but for the example, 3e-4")
-    epochs: int | None = option(None, "3, for the example 5")
+    learning_rate: float | None = option(None, "its peak; required, except for the example: 3e-4")
+    epochs: int | None = option(None, "3, or 5 for the example")
     batch_size: int = option(16, "rows in a forward pass")
     gradient_accumulation: int = option(1, "forward passes in a step")
-    bf16: bool = torch.cuda.is_available() and torch.cuda.is_bf16_supported(
-        including_emulation=False
-    )
+    bf16: bool = option(BF16, "autocast to bfloat16; on a GPU that can, the default")
     max_length: int = option(512, "tokens; longer rows are left out")
-    max_new_tokens: int = option(64, "of a sample, which is then cut off")
-    seed: int = 0
-    eval_only: bool = False
+    max_new_tokens: int = option(64, "tokens after which a sample is cut off")
+    seed: int = option(0, "of the batches, the samples and the held-out prompts")
+    eval_only: bool = option(False, "evaluate --model, and train nothing")
 
 
 class Mistake(Exception):
@@ -155,7 +154,7 @@ def require(condition, message):
 # ---- Log-probabilities ----
 
 
-@dataclass(eq=False)  # two rows are equal if they are one object
+@dataclass(eq=False)  # compared and hashed by identity: == of tensors is no bool
 class Row:
     """A prompt and one rated response."""
 
@@ -180,14 +179,14 @@ def response_logps(model, input_ids, response_mask):
 
     input_ids and response_mask have shape (B, T) and are padded on the right, where a causal model
     never looks. The mask is True on the N tokens that count; it is False on the first token of a
-    row, which nothing predicts. The model is any decoder-only one of transformers.
+    row, which nothing predicts. Any decoder-only model of transformers will do.
     """
-    # The N tokens stand one after another: first those of row 0, then those of row 1. If the mask
-    # is on the CPU, nothing here waits for a GPU.
+    # The N tokens stand one after another: first those of row 0, then those of row 1, and so on.
+    # If the mask is on the CPU, nothing here makes the CPU wait for the GPU.
     lengths = response_mask.sum(1).tolist()
     i, t = response_mask.nonzero().to(input_ids.device, non_blocking=True).unbind(1)
     with logits_only_at(model, i, t - 1):  # the logits at t − 1 predict the token at t
-        [logits] = model(input_ids=input_ids, use_cache=False).logits  # (N, vocabulary)
+        logits = model(input_ids=input_ids, use_cache=False).logits[0]  # (N, vocabulary)
     token_logps = -F.cross_entropy(logits, input_ids[i, t], reduction="none")  # (N,)
     return torch.stack([one_row.sum() for one_row in token_logps.split(lengths)])
 
@@ -196,8 +195,8 @@ def response_logps(model, input_ids, response_mask):
 def logits_only_at(model, i, t):
     """Inside this context the model computes logits only at N positions: (1, N, vocabulary).
 
-    Those of all B × T positions would take most of the memory, and no loss reads them. The output
-    head is also kept out of autocast, since bfloat16 rounds a logit of 20 to a multiple of 1/8.
+    Those of all B × T positions would take most of the memory, and no loss reads them. Here the
+    output head is also kept out of autocast: bfloat16 rounds a logit of 20 to a multiple of 1/8.
     """
     head = getattr(model, "module", model).get_output_embeddings()  # DDP has the model in .module
     forward = head.forward
@@ -231,13 +230,13 @@ def all_logps(model, rows, args, title):
     logps = torch.empty(len(rows))
     for indices in tqdm(batches_longest_first(rows, args.batch_size), title):
         logps[indices] = row_logps(model, [rows[i] for i in indices], args).cpu()
-    told = "log π(y|x) is not finite: are the weights, or was the --learning-rate too high?"
-    require(logps.isfinite().all(), told)
+    finite = logps.isfinite().all()
+    require(finite, "log π(y|x) is not finite: broken weights, or a too high --learning-rate")
     return logps
 
 
 def batches_longest_first(rows, batch_size):
-    """Batches of indices, the longest rows first: if memory is too small, a run fails at once."""
+    """Batches of indices, the longest rows first: what does not fit into memory fails at once."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].input_ids), reverse=True)
     return chunks(order, batch_size)
 
@@ -275,25 +274,26 @@ def balance(rows):
 
 def default_log_z(rows, args):
     """prior_log_z of the weighted mean label, or 0 if no row's loss contains log Z."""
-    only_demonstrations = all(row.label == 1 for row in rows)
-    if args.method == "sft" or (args.method == "ulma" and only_demonstrations):
+    if args.method == "sft" or (args.method == "ulma" and all(row.label == 1 for row in rows)):
         return 0.0
     total = sum(row.weight for row in rows)
     mean_label = sum(row.weight * row.label for row in rows) / total if total else 0.0
-    possible = args.continuous or 0 < mean_label < 1
-    require(possible, f"σ(β log Z) cannot be the mean label, {mean_label:g}: give --log-z")
+    if not args.continuous and mean_label in (0, 1):
+        raise Mistake(
+            f"the mean label is {mean_label:g}, from which no log Z follows; give --log-z"
+        )
     return prior_log_z(mean_label, args.beta, args.continuous)
 
 
 def prepare(rows, args):
-    """Sets weights and log Z as the options say. Returns the rows that the method trains on."""
-    if args.balanced:
-        balance(rows)
-    if args.log_z is None:
-        args.log_z = default_log_z(rows, args)
+    """Returns the rows that the method trains on, with their weights. Sets log Z if it is None."""
     if args.method == "sft":
         rows = [row for row in rows if row.label == 1]
         require(rows, f"{args.data} has no row of label 1, which SFT needs")
+    elif args.balanced:
+        balance(rows)
+    if args.log_z is None:
+        args.log_z = default_log_z(rows, args)
     print(f"{args.method}: {len(rows)} rows, β {args.beta:g}, β log Z {args.beta * args.log_z:.3g}")
     print(f"learning rate {args.learning_rate:g}, {args.epochs:g} epochs")
     return rows
@@ -317,7 +317,7 @@ def batch_losses(model, rows, args):
 
 
 def train(model, rows, args, out, losses_of=batch_losses):
-    """Minimises the mean loss of the rows, and adds a line to out/log.jsonl every ten steps.
+    """Minimises the mean over the rows of weight × loss; logs every ten steps to out/log.jsonl.
 
     The optimiser is AdamW without weight decay; gradients are clipped to a norm of 1. To train with
     a loss of your own, pass a function with the arguments and results of batch_losses.
@@ -329,7 +329,7 @@ def train(model, rows, args, out, losses_of=batch_losses):
         steps += chunks(batches, args.gradient_accumulation)
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, args.learning_rate, weight_decay=0.0, fused=True)
-    # The rate rises from 0 over a tenth of the steps (so step 1 of ten or more changes nothing).
+    # The rate rises from 0 over a tenth of the steps: of ten or more, the first changes nothing.
     schedule = get_cosine_schedule_with_warmup(optimizer, len(steps) // 10, len(steps))
     losses, rewards, labels = [], [], []  # of the rows since the last line of the log
     progress = tqdm(steps, "training")
@@ -351,10 +351,10 @@ def train(model, rows, args, out, losses_of=batch_losses):
             line = {"step": step, "loss": torch.cat(losses).mean().item()}
             line |= {"gradient_norm": norm.item(), "learning_rate": learning_rate}
             finite = math.isfinite(line["loss"]) and math.isfinite(line["gradient_norm"])
-            require(finite, f"step {step}: not finite; try a lower --learning-rate: {line}")
-            positive = torch.tensor(labels) == 1
-            for name, which in (("reward_positive", positive), ("reward_negative", ~positive)):
-                line[name] = mean(torch.cat(rewards).cpu()[which].tolist())
+            require(finite, f"loss or gradient are not finite, try a lower --learning-rate: {line}")
+            rated = list(zip(torch.cat(rewards).tolist(), labels))
+            line["reward_positive"] = mean([reward for reward, z in rated if z == 1])
+            line["reward_negative"] = mean([reward for reward, z in rated if z != 1])
             write(out / "log.jsonl", [line], "a")
             progress.set_postfix(loss=line["loss"])
             losses, rewards, labels = [], [], []
@@ -387,33 +387,32 @@ class Sample:
 def evaluate(model, tokenizer, rows, args):
     """Metrics, None where they are undefined, and {prompt: texts of its samples}.
 
-    Samples are drawn for the prompts that have acceptable answers, or if none has, for a few.
-    sample_distinct is the share of different texts among all samples.
+    Samples are drawn for the prompts that have acceptable answers or, if there are none, for those
+    of the first eight rows. sample_distinct is the share of different texts among all samples.
     """
     logps = all_logps(model, rows, args, "log π")
     ref_logps = torch.tensor([row.ref_logp for row in rows])
     labels = torch.tensor([row.label for row in rows])
-    asked = {row.prompt: row for row in rows if row.answers}
+    asked = {row.prompt: row for row in rows if row.answers}  # one row for each prompt
     asked = asked or {row.prompt: row for row in rows[:8]}
-    samples = sample(model, tokenizer, list(asked.values()), args)
-    all_samples = [one for samples_of_prompt in samples for one in samples_of_prompt]
+    samples = dict(zip(asked, sample(model, tokenizer, list(asked.values()), args)))
+    drawn = [one for some in samples.values() for one in some]
     metrics = {
         "perplexity": perplexity(logps, labels, rows, args),
         "reward_auc": concordance(logps - ref_logps, labels),  # β and log Z do not change the order
-        "sample_length": mean([one.length for one in all_samples]),
-        "sample_ended": mean([one.ended for one in all_samples]),
-        "sample_distinct": len({one.text for one in all_samples}) / len(all_samples),
+        "sample_length": mean([one.length for one in drawn]),
+        "sample_ended": mean([one.ended for one in drawn]),
+        "sample_distinct": len({one.text for one in drawn}) / len(drawn),
     }
     matches = defaultdict(list)
-    for row, samples_of_prompt in zip(asked.values(), samples):
+    for prompt, row in asked.items():
         if row.answers:
-            found = [one.ended and one.text in row.answers for one in samples_of_prompt]
+            found = [one.ended and one.text in row.answers for one in samples[prompt]]
             matches["exact_match"] += found
             if row.group is not None:
                 matches[f"exact_match/{row.group}"] += found
     metrics |= {name: mean(found) for name, found in matches.items()}
-    texts = [[one.text for one in samples_of_prompt] for samples_of_prompt in samples]
-    return metrics, dict(zip(asked, texts))
+    return metrics, {prompt: [one.text for one in some] for prompt, some in samples.items()}
 
 
 def perplexity(logps, labels, rows, args):
@@ -445,7 +444,7 @@ def sample(model, tokenizer, rows, args):
     """For each row a list of SAMPLES responses to its prompt, from π_θ at temperature 1."""
     torch.manual_seed(args.seed)
     ends = {tokenizer.eos_token_id} | {row.input_ids[-1].item() for row in rows}
-    stored = model.generation_config  # its temperature or top_p would change π_θ
+    stored = model.generation_config  # a temperature or top_p in it would change π_θ
     model.generation_config = GenerationConfig(
         do_sample=True,
         num_return_sequences=SAMPLES,
@@ -460,22 +459,20 @@ def sample(model, tokenizer, rows, args):
         attention_mask = pad([torch.ones_like(prompt) for prompt in prompts], "left")
         with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
             output = model.generate(input_ids, attention_mask=attention_mask.to(model.device))
-        for n, tokens in enumerate(output[:, input_ids.shape[1] :].tolist()):
-            one = read_sample(tokens, ends, tokenizer)
-            samples[indices[n // SAMPLES]].append(one)  # those of a prompt stand together
+        new_tokens = output[:, input_ids.shape[1] :].tolist()
+        for i, lists in zip(indices, chunks(new_tokens, SAMPLES)):  # a prompt's stand together
+            samples[i] = [read_sample(tokens, ends, tokenizer) for tokens in lists]
     model.generation_config = stored
     return samples
 
 
 def read_sample(tokens, ends, tokenizer):
     """The sample that these tokens are, up to the first end."""
-    length = 0
-    while length < len(tokens) and tokens[length] not in ends:
-        length += 1
+    length = next((n for n, token in enumerate(tokens) if token in ends), len(tokens))
     return Sample(tokenizer.decode(tokens[:length]).strip(), length, ended=length < len(tokens))
 
 
-# ==== Here ends the paper. Below, data is read, and the command line calls what stands above ====
+# ==== The paper's part ends here. Below: reading data, and the command line ====
 
 
 # ---- Data ----
@@ -489,46 +486,48 @@ def load_rows(args, tokenizer):
     splits = find_splits(args)
     if args.test_split in splits or args.test_split != "test":  # a name that was given must exist
         test_rows = read_split(splits, args.test_split, args, tokenizer)
-        if args.eval_only:
-            return [], test_rows
-        return read_split(splits, args.train_split, args, tokenizer), test_rows
+        rows = [] if args.eval_only else read_split(splits, args.train_split, args, tokenizer)
+        return rows, test_rows
     rows = read_split(splits, args.train_split, args, tokenizer)
     prompts = sorted({row.prompt for row in rows})
     require(len(prompts) > 1, f"{args.data} has no test split, and only one prompt")
     held_out = set(random.Random(args.seed).sample(prompts, math.ceil(len(prompts) / 10)))
     print(f"there is no test split, so {len(held_out)} of {len(prompts)} prompts are held out")
     test_rows = [row for row in rows if row.prompt in held_out]
-    rows = [row for row in rows if row.prompt not in held_out]
-    return [] if args.eval_only else rows, test_rows
+    return [row for row in rows if row.prompt not in held_out], test_rows
 
 
 def find_splits(args):
     """{name: its files of JSON lines or Parquet}, or else the splits of datasets.load_dataset."""
     path = Path(args.data, args.data_dir or "")
-    if path.is_file():
+    if path.is_file():  # what is trained on, or with --eval-only tested on
         return {args.test_split if args.eval_only else args.train_split: [path]}
     files = defaultdict(list)
     for file in sorted([*path.glob("*.jsonl"), *path.glob("*.parquet")]):
-        name = re.sub(r"[-_]?\d+(-of-\d+)?$", "", file.stem)  # train-00000-of-00002 is of train
+        name = re.sub(r"[-_]\d+(-of-\d+)?$", "", file.stem)  # train-00000-of-00002 is of train
         files[name].append(file)
+    for name, parts in files.items():
+        one_format = len({file.suffix for file in parts}) == 1
+        require(one_format, f"{args.data} has {name} as JSON lines and as Parquet: which is meant?")
     return files or datasets.load_dataset(args.data, data_dir=args.data_dir)
 
 
 def read_records(source, place):
-    """(where it stands, the record) for each record of a split."""
+    """(where it stands, the record) for each record of a split: of files, or of a data set."""
     if isinstance(source, list):  # each file is read by itself, for it may have types of its own
         for file in source:
             if file.suffix == ".jsonl":
                 yield from read_json_lines(file)
             else:
-                splits = datasets.load_dataset(str(file.parent), data_files=file.name)
-                yield from read_records(splits["train"], file)
+                folder, name = str(file.parent), file.name
+                table = datasets.load_dataset(folder, data_files=name, split="train")
+                yield from read_records(table, file)
         return
-    is_csv = source.info.builder_name == "csv"
-    require(not is_csv, f"{place}: CSV turns the text NA into nothing; write JSON lines")
+    if source.info.builder_name == "csv":
+        raise Mistake(f"{place}: CSV turns the text NA into nothing; write JSON lines")
     label = source.features.get("label")
-    is_class = isinstance(label, datasets.ClassLabel)  # 0 and 1 are in the order of the names
-    require(not is_class, f"{place}: the label is a {label}; write the numbers 0 and 1")
+    if isinstance(label, datasets.ClassLabel):  # its 0 and 1 are in the order of the names
+        raise Mistake(f"{place}: the label is a {label}; write the numbers 0 and 1")
     for number, record in enumerate(source, 1):
         yield f"{place}, row {number}", record
 
@@ -555,37 +554,37 @@ def read_split(splits, name, args, tokenizer):
             raise Mistake(f"{where}: {mistake}") from None
         rows += found
         unread |= others
-        unequal += len({row.prompt for row in found}) > 1
+        if len({row.prompt for row in found}) > 1:
+            unequal += 1
     short = [row for row in rows if len(row.input_ids) <= args.max_length]
-    told = f"{name}: {len(short)} rows, and {len(rows) - len(short)} over --max-length, left out"
-    require(short, f"{args.data}, {told}")
-    kind = "through the chat template" if short[0].is_chat else "plain text"
+    count = f"{name}: {len(short)} rows, and {len(rows) - len(short)} over --max-length, left out"
+    require(short, f"{args.data}, {count}")
+    chats = sum(row.is_chat for row in short)
     ids, mask = short[0].input_ids, short[0].response_mask
-    print(f"{told}; with label 1: {sum(row.label == 1 for row in short)}")
-    print(f"  columns not read: {', '.join(sorted(unread)) or 'none'}; the first row, {kind}:")
-    print(f"  prompt   {tokenizer.decode(ids[~mask])!r}")
-    print(f"  response {tokenizer.decode(ids[mask])!r}")
+    print(f"{count}; with label 1: {sum(row.label == 1 for row in short)}")
+    print(f"  plain text: {len(short) - chats}; through the chat template: {chats}")
+    print(f"  columns not read: {', '.join(sorted(unread)) or 'none'}")
     if unequal:
-        print(f"  {unequal} pairs differ in their prompts, too; only the last responses are rated")
+        print(f"  in {unequal} pairs the prompts differ, too; only the last responses are rated")
+    print(f"  first prompt   {tokenizer.decode(ids[~mask])!r}")
+    print(f"  first response {tokenizer.decode(ids[mask])!r}")
     return short
 
 
 def read_record(record, args, tokenizer):
     """The row of a record, or the two rows of a pair; and the columns that were not read."""
     require(isinstance(record, dict), "it is not a JSON object")
-    record = {name: value for name, value in record.items() if value not in (None, "")}
+    record = {name: value for name, value in record.items() if value not in (None, "", [])}
     label = "score" if args.continuous and "score" in record else "label"
-    if record.get("chosen") or record.get("rejected"):
-        require(not record.get("completion"), "it has a completion and a pair as well")
-        rated = [(record.get("chosen"), 1), (record.get("rejected"), 0)]
+    if "chosen" in record or "rejected" in record:
+        require("completion" not in record, "it has a completion and a pair as well")
         columns = {"chosen", "rejected"}
-    else:
-        told = (
-            f"it needs completion and {label}, or chosen and rejected; it has {', '.join(record)}"
-        )
-        require("completion" in record and label in record, told)
+        rated = [(record.get("chosen"), 1), (record.get("rejected"), 0)]
+    elif {"completion", label} <= record.keys():
+        columns = {"completion", label}
         rated = [(record["completion"], record[label])]
-        columns = {"completion", "chosen", "rejected", label}
+    else:
+        raise Mistake(f"it has {', '.join(record)}: no completion with a {label}, and no pair")
     rows = [read_row(record, response, z, args, tokenizer) for response, z in rated]
     return rows, record.keys() - columns - {"prompt", "answers", "group", "weight"}
 
@@ -593,17 +592,17 @@ def read_record(record, args, tokenizer):
 def read_row(record, response, z, args, tokenizer):
     """The row of one response, whose label is z."""
     is_score = args.continuous and isinstance(z, float) and 0 < z < 1
-    told = f"its label is {z!r}: use 0 or 1, with --continuous from 0 to 1, a demonstration"
-    require(z in (0, 1) or is_score, told)
+    if z not in (0, 1) and not is_score:
+        raise Mistake(f"its label is {z!r}: use 0, 1, or with --continuous a score between them")
     weight, answers = record.get("weight", 1.0), record.get("answers", [])
-    is_weight = isinstance(weight, int | float) and 0 <= weight < math.inf
-    require(is_weight, f"its weight is {weight!r}, not a number from 0 on")
-    are_texts = isinstance(answers, list) and all(isinstance(text, str) for text in answers)
-    require(are_texts, f"its answers are {answers!r}, not a list of texts")
+    if not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+        raise Mistake(f"its weight is {weight!r}, not a number from 0 on")
+    if not isinstance(answers, list) or not all(isinstance(text, str) for text in answers):
+        raise Mistake(f"its answers are {answers!r}, not a list of texts")
     prompt = record.get("prompt")
     for value in (prompt, response):
-        in_a_string = isinstance(value, str) and MESSAGES_IN_A_STRING.match(value)
-        require(not in_a_string, f"it has a list of messages in a string: {value!r:.80}")
+        if isinstance(value, str) and MESSAGES_IN_A_STRING.match(value):
+            raise Mistake(f"it has a list of messages in a string: {value!r:.80}")
     is_chat = isinstance(prompt, list) or isinstance(response, list)
     read = read_chat if is_chat else read_text
     prompt, opening, answer = read(prompt, response, tokenizer)
@@ -616,9 +615,8 @@ def read_row(record, response, z, args, tokenizer):
     # A token that spans the boundary between prompt and response belongs to the response.
     start = len(os.path.commonprefix([prompt_ids, ids]))
     require(start > 0, f"its prompt {prompt[:60]!r} has no token of its own")
-    mask = torch.arange(len(ids)) >= start
-    row = Row(prompt, torch.tensor(ids), mask, float(z), float(weight), is_chat=is_chat)
-    row.group = record.get("group")
+    row = Row(prompt, torch.tensor(ids), torch.arange(len(ids)) >= start, float(z), float(weight))
+    row.group, row.is_chat = record.get("group"), is_chat
     for text in answers:  # encoded and decoded, so that they compare equal to samples
         answer_ids = tokenizer(opening + text, add_special_tokens=False).input_ids
         row.answers.append(tokenizer.decode(answer_ids).strip())
@@ -626,13 +624,16 @@ def read_row(record, response, z, args, tokenizer):
 
 
 def read_text(prompt, response, tokenizer):
-    """(prompt, opening, answer) as in read_chat; plain text has no opening, and no end yet."""
+    """(prompt, opening, answer) as in read_chat. Plain text has no opening, and no end as yet."""
     require(isinstance(response, str), f"its response is {response!r}, not a text")
     if prompt is None:  # a transcript, as in HH-RLHF: its last turn is the response
         before, turn, response = response.rpartition("\n\nAssistant:")
         prompt = before + turn
-    is_text = isinstance(prompt, str) and prompt
-    require(is_text, f"its prompt is {prompt!r}, and the response holds no '\\n\\nAssistant:'")
+        require("\n\nHuman:" not in response, "its last turn is Human's")
+    if not isinstance(prompt, str) or not prompt:
+        raise Mistake(f"its prompt is {prompt!r}, and its response has no '\\n\\nAssistant:'")
+    repeats = " " in prompt and response.startswith(prompt)
+    require(not repeats, "its response repeats its prompt")
     if response.rstrip().endswith(tokenizer.eos_token):
         response = response.rstrip().removesuffix(tokenizer.eos_token)
     require(response.strip(), "its response is empty")
@@ -640,16 +641,16 @@ def read_text(prompt, response, tokenizer):
 
 
 def read_chat(prompt, response, tokenizer):
-    """(prompt, opening, answer): what the chat template writes before, around and for the answer.
-
-    The opening may be an empty <think> block. The answer has its end, such as <|im_end|>.
+    """(prompt, opening, answer): the template's text up to the answer's turn, what it writes before
+    the answer, such as an empty <think> block, and the answer with its end, such as <|im_end|>.
     """
     conversation = as_messages(response, "assistant")
     asked = as_messages(prompt or [], "user")
     if len(conversation) == 1:
         conversation = asked + conversation
-    is_whole = all(message in conversation for message in asked)
-    require(is_whole, "its conversation does not contain its prompt")
+    # Otherwise it is whole, and may repeat the prompt.
+    repeated = all(message in conversation for message in asked)
+    require(repeated, "its conversation does not contain its prompt")
     require(len(conversation) > 1, "it has no prompt")
     *context, last = conversation
     is_answer = context[-1]["role"] != "assistant" and last["role"] == "assistant"
@@ -657,16 +658,16 @@ def read_chat(prompt, response, tokenizer):
     text = last["content"].strip()
     require(text, "its response is empty")
 
+    # Every content must stand in the result as often as in the messages.
     prompt = through_template(context, tokenizer, add_generation_prompt=True)
     whole = through_template(conversation, tokenizer)
     contents = [message["content"].strip() for message in conversation]
-    for content in filter(None, contents):  # which may stand in several messages
-        times = sum(other.count(content) for other in contents)
-        told = f"the template leaves out or changes {content[:60]!r}"
-        require(whole.count(content) >= times, told)
+    for content in filter(None, contents):
+        if whole.count(content) < sum(other.count(content) for other in contents):
+            raise Mistake(f"the template leaves out or changes {content[:60]!r}")
     require(whole.startswith(prompt), f"the template's {prompt[-40:]!r} is not before the answer")
 
-    # A mark in place of the answer shows what the template writes after an answer.
+    # whole = prompt + opening + text + after. A mark in place of the text shows what is after it.
     mark = "\ue000"
     after = through_template([*context, last | {"content": mark}], tokenizer).rpartition(mark)[2]
     opening = whole.removeprefix(prompt).removesuffix(after).rpartition(text)[0]
@@ -696,8 +697,8 @@ def as_messages(value, role):
         given = {key: part for key, part in message.items() if part not in (None, "", [], {})}
         plain = {"role": given.pop("role", None), "content": given.pop("content", "")}
         is_plain = not given and plain["role"] in ROLES and isinstance(plain["content"], str)
-        told = f"a message has a role ({', '.join(ROLES)}) and a text, and nothing else: {message}"
-        require(is_plain, told)
+        if not is_plain:
+            raise Mistake(f"a message has a role of {', '.join(ROLES)}, and a text: {message}")
         messages.append(plain)
     return messages
 
@@ -706,14 +707,11 @@ def as_messages(value, role):
 
 
 def read_options(argv=None):
-    """The options of a command line. Some defaults follow the model."""
+    """The options of a command line. Some defaults depend on the model."""
     args = Options(**vars(HfArgumentParser(Options, prog="ulma.py").parse_args(argv)))
-    is_example = Path(args.model).resolve() == EXAMPLE
-    known = is_example or args.learning_rate is not None or args.eval_only
-    require(known, "--learning-rate is needed: try 1e-5 for 7B parameters, 1e-4 for 135M")
-    defaults = {"beta": 0.1, "learning_rate": 1e-5, "epochs": 3}
-    if is_example:
-        defaults = {"beta": 3.0, "learning_rate": 3e-4, "epochs": 5}
+    defaults = {"beta": 0.1, "epochs": 3}
+    if Path(args.model).resolve() == EXAMPLE:
+        defaults = {"beta": 3.0, "epochs": 5, "learning_rate": 3e-4}
     for name, default in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, default)
@@ -722,17 +720,20 @@ def read_options(argv=None):
 
 
 def check_numbers(args):
+    if args.learning_rate is None and not args.eval_only:
+        raise Mistake("--learning-rate is needed: try 1e-5 for 7B parameters, 1e-4 for 135M")
     names = "beta learning_rate epochs batch_size gradient_accumulation max_length max_new_tokens"
     for name in names.split():
         value = getattr(args, name)
-        require(0 < value < math.inf, f"--{name.replace('_', '-')} is {value}; it must be over 0")
+        if value is not None and not 0 < value < math.inf:
+            raise Mistake(f"--{name.replace('_', '-')} is {value}; it must be over 0")
     require(math.isfinite(args.log_z or 0.0), "--log-z must be finite")
 
 
 def load_tokenizer(name):
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except OSError as error:  # which may not name the model
+    except OSError as error:  # whose text may lack the model's name
         raise Mistake(f"the model {name}: {error}") from None
     require(tokenizer.eos_token, f"the tokenizer of {name} has no eos_token")
     return tokenizer
@@ -757,34 +758,32 @@ def run(args):
     require(not any(out.glob("*")), f"--output-dir {out} is not empty")
     tokenizer = load_tokenizer(args.model)
     rows, test_rows = load_rows(args, tokenizer)
-    if not args.eval_only:
-        rows = prepare(rows, args)
+    rows = [] if args.eval_only else prepare(rows, args)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    reference = load_model(args.reference or args.model, tokenizer).to(device)
+    model = load_model(args.reference or args.model, tokenizer).to(device)  # π_ref
     write(out / "options.json", [asdict(args)], "x")  # fails if another run has just created it
     print(f"--model {args.model} on {device}; results in {out}")
 
     start = time.perf_counter()
     if args.reference or not args.eval_only:
-        set_reference(reference, test_rows, args)
-        set_reference(reference, rows, args)
+        set_reference(model, test_rows, args)
+        set_reference(model, rows, args)
     reference_seconds = time.perf_counter() - start
-    policy = reference  # π_θ starts as π_ref,
-    if args.reference:  # or elsewhere
-        del reference, policy  # one model at a time is in memory
-        policy = load_model(args.model, tokenizer).to(device)
+    if args.reference:  # π_θ starts elsewhere than π_ref
+        del model  # of the two, one at a time is in memory
+        model = load_model(args.model, tokenizer).to(device)
 
     results, samples = {"options": asdict(args)}, {}
     if args.eval_only:
-        results["eval"], samples["eval"] = evaluate(policy, tokenizer, test_rows, args)
+        results["eval"], samples["eval"] = evaluate(model, tokenizer, test_rows, args)
     else:
-        try_to_save(policy, tokenizer, out)
-        results["before"], samples["before"] = evaluate(policy, tokenizer, test_rows, args)
+        try_to_save(model, tokenizer, out)
+        results["before"], samples["before"] = evaluate(model, tokenizer, test_rows, args)
         start = time.perf_counter()
-        train(policy, rows, args, out)
+        train(model, rows, args, out)
         seconds = time.perf_counter() - start
-        policy.save_pretrained(out)
-        results["after"], samples["after"] = evaluate(policy, tokenizer, test_rows, args)
+        model.save_pretrained(out)
+        results["after"], samples["after"] = evaluate(model, tokenizer, test_rows, args)
         results["train"] = {
             "samples": args.epochs * len(rows),
             "tokens": args.epochs * sum(len(row.input_ids) for row in rows),
@@ -798,7 +797,7 @@ def run(args):
 
 
 def try_to_save(model, tokenizer, out):
-    """Saves all but the weights, which are tried too: what must fail, fails before training."""
+    """Saves config and tokenizer, and on trial the weights: what must fail is to fail early."""
     try:
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
@@ -835,7 +834,7 @@ def write(path, values, mode="w"):
 
 
 def main(argv=None):
-    """The command line. What the user can fix is told in one line, with exit code 2."""
+    """The command line. Errors that the user can fix end in one line, and exit code 2."""
     torch.set_flush_denormal(True)  # arithmetic with denormal numbers is very slow on a CPU
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # the terminal may not know every character
@@ -843,7 +842,7 @@ def main(argv=None):
         return run(read_options(argv))
     except MISTAKES as error:
         if isinstance(error, DatasetsError):
-            error = error.__cause__ or error  # it hides the reason in its cause
+            error = error.__cause__ or error  # where the reason is
         print(f"ulma.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
 

@@ -289,7 +289,9 @@ def run_script():
             os.kill(os.getpid(), signal.SIGKILL)
         print("the model is a", type(model).__name__, file=sys.stderr)
         for row in batch["rows"]:
-            sys.stderr.write(f"a row of {row.input_ids.tolist()}\n")  # at once, as others write, too
+            sys.stderr.write(
+                f"a row of {row.input_ids.tolist()}\n"
+            )  # at once, as others write, too
         return take_step(trainer, model, batch, *given)
 
     Trainer.create_accelerator_and_postprocess = prepare_as_on_gpus
