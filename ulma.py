@@ -447,6 +447,7 @@ def sample(model, tokenizer, rows, args):
     stored = model.generation_config  # a temperature or top_p in it would change π_θ
     model.generation_config = GenerationConfig(
         do_sample=True,
+        top_k=0,  # all tokens; generate() has a default of 50
         num_return_sequences=SAMPLES,
         max_new_tokens=args.max_new_tokens,
         eos_token_id=sorted(ends),

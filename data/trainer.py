@@ -283,6 +283,7 @@ if first:
     if adapters.lora:
         merged = PeftModel.from_pretrained(ulma.load_model(args.model, tokenizer), out)
         merged.merge_and_unload().save_pretrained(out / "merged")
+        tokenizer.save_pretrained(out / "merged")
     base = load(args.model).to(device)
     ulma.set_reference(base, test_rows, args)
     results["before"], samples["before"] = ulma.evaluate(base, tokenizer, test_rows, args)
