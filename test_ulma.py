@@ -602,6 +602,27 @@ def test_a_split_may_serve_twice(tmp_path):
     assert decoded(rows) == decoded(test_rows)
 
 
+def test_the_readmes_own_loss_is_pairwise_dpo(tmp_path, monkeypatch, capsys):
+    """The worked example, on the prompts of twenty pairs."""
+    readme = (ulma.HERE / "README.md").read_text(encoding="utf-8")
+    [snippet] = [text for text in readme.split("```") if "def pairwise_losses" in text]
+    load_rows = ulma.load_rows
+
+    def load_few(args, tokenizer):
+        rows, test_rows = load_rows(args, tokenizer)
+        bad = {row.prompt for row in rows if row.label == 0}
+        prompts = [row.prompt for row in rows if row.label == 1 and row.prompt in bad][:20]
+        return [row for row in rows if row.prompt in prompts], test_rows[:2]
+
+    monkeypatch.setattr(ulma, "load_rows", load_few)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(snippet.removeprefix("python\n"), names)
+    log = read(tmp_path / "runs" / "pairwise" / "log.jsonl")
+    assert len(names["chosen"]) == 20 and log[-1]["step"] == 10
+    assert log[-1]["loss"] < math.log(2) and 0 <= float(capsys.readouterr().out.split()[-1]) <= 1
+
+
 def test_a_loss_that_is_not_finite_stops_training(small, tmp_path):
     def infinite(model, rows, args):
         losses, rewards = ulma.batch_losses(model, rows, args)

@@ -174,7 +174,7 @@ def test_adapters_in_bfloat16_leave_positions_in_float32_and_lower_the_loss(trai
     assert "dtypes of buffers: {torch.float32}" in printed
     assert "dtypes of weights: {torch.bfloat16, torch.float32}" in printed
     losses = losses_in(printed)
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < losses[0] - 1
 
 
 def test_the_evaluation_is_that_of_ulma(trainer, folder, tmp_path):

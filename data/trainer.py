@@ -319,10 +319,11 @@ if training.process_index == 0:
     final = out
     if script.lora:
         final = out / "merged"
-        merged = PeftModel.from_pretrained(ulma.load_model(options.model, tokenizer), out)
+        base = ulma.load_model(options.model, tokenizer)
+        merged = PeftModel.from_pretrained(base, out, torch_device="cpu")
         merged.merge_and_unload().save_pretrained(final)
         tokenizer.save_pretrained(final)
-        del merged
+        del base, merged
     try:
         samples = {}
         model = load(options.model).to(training.device)
