@@ -376,9 +376,9 @@ def test_balanced_gives_positives_the_weight_of_all_others():
     assert [row.weight for row in rows] == [2.5, 0.625, 0.625, 0.625, 0.625]
 
 
-def test_balanced_changes_nothing_in_sft():
-    rows = ulma.prepare([row(label=1.0)], options("--method sft --balanced"))
-    assert [row.weight for row in rows] == [1.0]
+def test_balanced_is_refused_in_sft():
+    with pytest.raises(ulma.Mistake, match="no meaning for SFT"):
+        ulma.prepare([row(label=1.0)], options("--method sft --balanced"))
 
 
 def test_balanced_needs_both_kinds():
@@ -395,6 +395,11 @@ def test_log_z_is_the_prior_of_the_weighted_mean_label():
 @pytest.mark.parametrize("method", ["ulma", "sft"])
 def test_demonstrations_alone_need_no_log_z(method):
     assert ulma.default_log_z([row(label=1.0)], options(f"--method {method}")) == 0.0
+
+
+def test_weights_that_are_all_0_are_told():
+    with pytest.raises(ulma.Mistake, match="weights of all rows are 0"):
+        ulma.default_log_z([row(label=1.0, weight=0.0), row(label=0.0, weight=0.0)], options())
 
 
 @pytest.mark.parametrize("flags, label", [("", 0.0), ("--method pointwise-dpo", 1.0)])
@@ -939,10 +944,15 @@ def test_a_missing_split_is_told_with_those_that_are_there(tmp_path, flags):
         load(tmp_path, flags)
 
 
-def test_a_split_may_serve_twice(tmp_path):
-    path = write(tmp_path / "train.jsonl", POINTS)
-    rows, test_rows = load(path.parent, "--test-split train")
-    assert decoded(rows) == decoded(test_rows)
+def test_a_split_to_train_on_and_to_test_on_is_refused(tmp_path):
+    write(tmp_path / "test.jsonl", POINTS)
+    with pytest.raises(ulma.Mistake, match="the split test to train on and to test on"):
+        load(tmp_path, "--train-split test")
+
+
+def test_a_file_is_tested_on_as_a_whole_and_that_is_told(read_records, capsys):
+    assert len(read_records(*POINTS)) == 20
+    assert "rows.jsonl is tested on as a whole" in capsys.readouterr().out
 
 
 def test_without_a_test_split_a_seeded_tenth_of_the_prompts_is_held_out(tmp_path, capsys):
@@ -998,7 +1008,7 @@ def test_pairs_with_different_prompts_are_told(read_records, capsys):
 def test_a_split_in_two_formats_is_refused(tmp_path):
     write(tmp_path / "train.jsonl", POINTS)
     datasets.Dataset.from_list(POINTS).to_parquet(tmp_path / "train.parquet")
-    with pytest.raises(ulma.Mistake, match="which is meant"):
+    with pytest.raises(ulma.Mistake, match="keep one"):
         load(tmp_path)
 
 
@@ -1037,7 +1047,7 @@ def test_columns_that_are_not_read_and_rows_that_are_too_long_are_told(read_reco
     long = point(8, completion=" more" * 30)
     rows = read_records(*POINTS, long, point(9, image="cat.png"), flags="--max-length 25")
     printed = capsys.readouterr().out
-    assert len(rows) == 21 and "21 rows, and 1 over --max-length" in printed
+    assert len(rows) == 21 and "21 rows, and 1 left out, over --max-length" in printed
     assert "columns not read: image\n" in printed
     assert "plain text: 21; through the chat template: 0" in printed
     assert "first prompt   'Question 0?'" in printed
@@ -1439,9 +1449,9 @@ A, B = json.dumps(point(1)), json.dumps(point(2, 0))
         (A.replace(": 1}", ': 1,  "answers": [42]}'), r"answers are \[42\]"),
         (A.replace(": 1}", ': 1,  "answers": "Yes."}'), "answers are 'Yes.'"),
         (f"{A}\n{A.replace(': 1}', ': 2}')}", "line 2: its label is 2"),
-        ('{"chosen": " Good.", "rejected": ""}', "prompt is ''"),
-        ('{"prompt": "Hi", "chosen": " Good.", "rejected": ""}', "response is None"),
-        ('{"prompt": "Hi", "chosen": " Good."}', "response is None"),
+        ('{"chosen": " Good.", "rejected": " Bad."}', "no prompt, and its response no"),
+        ('{"prompt": "Hi", "chosen": " Good.", "rejected": ""}', "one of chosen and rejected"),
+        ('{"prompt": "Hi", "chosen": " Good."}', "one of chosen and rejected"),
         (A.replace(": 1}", ': 1, "chosen": "a", "rejected": "b"}'), "a pair as well"),
         (json.dumps(answer()), "chat_template"),
         (json.dumps(point(1, completion=" long" * 99)), "--max-length"),

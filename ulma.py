@@ -9,10 +9,10 @@ The first half is the paper: its losses, the log-probabilities that they need, t
 evaluation. The second half reads data and runs the command line. For adapters, checkpoints and
 several GPUs there is data/trainer.py, which imports this file.
 
-One thing is not in the paper: log Z(x) is unknown, and a constant that follows from the labels
-stands for it (see prior_log_z). The authors' code takes 0 for it (--log-z 0). It also takes the
-mean over a response's tokens where the paper has the sum (--average), and averages positive and
-negative responses separately (--balanced).
+One choice in the losses is not the paper's: log Z(x) is unknown, and a constant that follows from
+the labels stands for it (see prior_log_z). The authors' code takes 0 for it (--log-z 0). It also
+takes the mean over a response's tokens where the paper has the sum (--average), and averages
+positive and negative responses separately (--balanced).
 """
 # SPDX-License-Identifier: MIT
 
@@ -75,8 +75,8 @@ def pointwise_dpo_loss(logps, ref_logps, labels, beta=0.1, log_z=0.0, continuous
 def ulma_loss(logps, ref_logps, labels, beta=0.1, log_z=0.0, continuous=False):
     """ULMA: SFT where z = 1, point-wise DPO elsewhere.
 
-    Exactly 1 is meant: a score of 0.99 is no demonstration. Where z = 1 ref_logps is not used, but
-    it must be finite, since torch.where passes a NaN of the branch not taken into the gradient.
+    Only a label of exactly 1 marks a demonstration; 0.99 does not. Where z = 1 ref_logps is not
+    used, but must be finite: torch.where passes a NaN of the branch not taken into the gradient.
     """
     preference = pointwise_dpo_loss(logps, ref_logps, labels, beta, log_z, continuous)
     return torch.where(labels == 1, sft_loss(logps), preference)
@@ -100,7 +100,7 @@ def prior_log_z(mean_label, beta=0.1, continuous=False):
     return math.log(mean_label / (1 - mean_label)) / beta
 
 
-# ---- Options ----
+# ---- Options and errors ----
 HERE = Path(__file__).resolve().parent
 EXAMPLE = HERE / "data" / "base"  # a small language model, aligned within half a minute
 BF16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -122,17 +122,17 @@ class Options:
     train_split: str = "train"
     test_split: str = option("test", "if there is none, a tenth of the prompts is held out")
     output_dir: str | None = option(None, "by default a new folder in runs/")
-    beta: float | None = option(None, "β, the scale of the reward; 0.1, or 3 for the example")
+    beta: float = option(0.1, "β, the scale of the reward; for the example 3")
     log_z: float | None = option(None, "by default prior_log_z of the mean label")
     continuous: bool = option(False, "the continuous losses; z is the score")
     average: bool = option(False, "log π is the mean over the response's tokens, not the sum")
     balanced: bool = option(False, "rows of label 1 have the same total weight as all others")
     learning_rate: float | None = option(None, "its peak; required, except for the example: 3e-4")
-    epochs: int | None = option(None, "3, or 5 for the example")
-    batch_size: int = option(16, "rows in a forward pass")
+    epochs: int = option(3, "for the example 5")
+    batch_size: int = option(16, "rows in a forward pass; of samples four times as many")
     gradient_accumulation: int = option(1, "forward passes in a step")
-    bf16: bool = option(BF16, "autocast to bfloat16; on a GPU that can, the default")
-    max_length: int = option(512, "tokens; longer rows are left out")
+    bf16: bool = option(BF16, "autocast to bfloat16; on by default where the GPU supports it")
+    max_length: int = option(512, "in tokens; longer rows are left out")
     max_new_tokens: int = option(64, "tokens after which a sample is cut off")
     seed: int = option(0, "of the batches, the samples and the held-out prompts")
     eval_only: bool = option(False, "evaluate --model, and train nothing")
@@ -142,7 +142,7 @@ class Mistake(Exception):
     """An error that the user can fix."""
 
 
-# These are told in one line. Any other error may be a bug of ours, and keeps its traceback.
+# These are reported in one line. Any other error may be a bug of ours, and keeps its traceback.
 MISTAKES = (Mistake, OSError, DatasetsError, torch.OutOfMemoryError)
 
 
@@ -154,13 +154,13 @@ def require(condition, message):
 # ---- Log-probabilities ----
 
 
-@dataclass(eq=False)  # compared and hashed by identity: == of tensors is no bool
+@dataclass(eq=False)  # a row is equal to itself alone, and can be the key of a dict
 class Row:
     """A prompt and one rated response."""
 
     prompt: str
     input_ids: torch.Tensor  # (T,): the tokens of the prompt, of the response and of its end
-    response_mask: torch.Tensor  # (T,): True on the tokens of the response and of its end
+    response_mask: torch.Tensor  # (T,): True on what the model has to write, the end included
     label: float  # z: 1 for a demonstration or a thumbs-up, 0 for a thumbs-down, or a score
     weight: float = 1.0  # multiplies the loss
     ref_logp: float = math.nan  # log π_ref(y|x), once set_reference has been called
@@ -177,13 +177,13 @@ def pad(tensors, side="right"):
 def response_logps(model, input_ids, response_mask):
     """log π(y|x) = Σ_t log π(y_t | x, y_<t), over the response tokens of each row: (B,), in nats.
 
-    input_ids and response_mask have shape (B, T) and are padded on the right, where a causal model
-    never looks. The mask is True on the N tokens that count; it is False on the first token of a
-    row, which nothing predicts. Any decoder-only model of transformers will do.
+    input_ids and response_mask have shape (B, T) and are padded on the right, which a causal model
+    cannot see from the left. The mask is True on the N tokens that count; it is False on the first
+    token of a row, which nothing predicts. Any decoder-only model of transformers will do.
     """
-    # The N tokens stand one after another: first those of row 0, then those of row 1, and so on.
-    # If the mask is on the CPU, nothing here makes the CPU wait for the GPU.
     lengths = response_mask.sum(1).tolist()
+    # Row i and position t of the N tokens, row after row. If the mask is on the CPU, nothing here
+    # makes the CPU wait for the GPU; a copy without non_blocking would.
     i, t = response_mask.nonzero().to(input_ids.device, non_blocking=True).unbind(1)
     with logits_only_at(model, i, t - 1):  # the logits at t − 1 predict the token at t
         logits = model(input_ids=input_ids, use_cache=False).logits[0]  # (N, vocabulary)
@@ -195,8 +195,9 @@ def response_logps(model, input_ids, response_mask):
 def logits_only_at(model, i, t):
     """Inside this context the model computes logits only at N positions: (1, N, vocabulary).
 
-    Those of all B × T positions would take most of the memory, and no loss reads them. Here the
-    output head is also kept out of autocast: bfloat16 rounds a logit of 20 to a multiple of 1/8.
+    Logits at all B × T positions would take most of the memory, and no loss reads them. The output
+    head is also kept out of autocast, since bfloat16 rounds a logit of 20 to a multiple of 1/8.
+    (A forward pre-hook could select the positions, but not switch autocast off.)
     """
     head = getattr(model, "module", model).get_output_embeddings()  # DDP has the model in .module
     forward = head.forward
@@ -209,11 +210,14 @@ def logits_only_at(model, i, t):
     try:
         yield
     finally:
-        del head.forward  # now it is the module's own again
+        del head.forward  # that of its class is back
 
 
 def row_logps(model, rows, args):
-    """log π_θ(y|x) of a batch of rows, from one forward pass: (B,), on the model's device."""
+    """log π(y|x) of a batch of rows, from one forward pass: (B,), on the model's device.
+
+    With --average it is the mean over the response's tokens.
+    """
     device = next(model.parameters()).device  # DDP has no .device
     input_ids = pad([row.input_ids for row in rows]).to(device, non_blocking=True)
     response_mask = pad([row.response_mask for row in rows])
@@ -277,20 +281,22 @@ def default_log_z(rows, args):
     if args.method == "sft" or (args.method == "ulma" and all(row.label == 1 for row in rows)):
         return 0.0
     total = sum(row.weight for row in rows)
-    mean_label = sum(row.weight * row.label for row in rows) / total if total else 0.0
-    if not args.continuous and mean_label in (0, 1):
-        raise Mistake(
-            f"the mean label is {mean_label:g}, from which no log Z follows; give --log-z"
-        )
+    require(total > 0, "the weights of all rows are 0")
+    mean_label = sum(row.weight * row.label for row in rows) / total
+    possible = args.continuous or 0 < mean_label < 1
+    require(
+        possible, f"the mean label is {mean_label:g}, from which no log Z follows: give --log-z"
+    )
     return prior_log_z(mean_label, args.beta, args.continuous)
 
 
 def prepare(rows, args):
     """Returns the rows that the method trains on, with their weights. Sets log Z if it is None."""
     if args.method == "sft":
+        require(not args.balanced, "--balanced has no meaning for SFT")
         rows = [row for row in rows if row.label == 1]
         require(rows, f"{args.data} has no row of label 1, which SFT needs")
-    elif args.balanced:
+    if args.balanced:
         balance(rows)
     if args.log_z is None:
         args.log_z = default_log_z(rows, args)
@@ -317,10 +323,11 @@ def batch_losses(model, rows, args):
 
 
 def train(model, rows, args, out, losses_of=batch_losses):
-    """Minimises the mean over the rows of weight × loss; logs every ten steps to out/log.jsonl.
+    """Minimises weight × loss, in each step its mean; logs every ten steps to out/log.jsonl.
 
-    The optimiser is AdamW without weight decay; gradients are clipped to a norm of 1. To train with
-    a loss of your own, pass a function with the arguments and results of batch_losses.
+    The optimiser is AdamW without weight decay; gradients are clipped to a norm of 1. The model
+    stays in evaluation mode, for dropout would make π_θ differ from π_ref. To train with a loss of
+    your own, pass a function with the arguments and results of batch_losses.
     """
     rng = random.Random(args.seed)
     steps = []  # a step is a list of batches, whose gradients add up; a batch is a list of rows
@@ -329,7 +336,7 @@ def train(model, rows, args, out, losses_of=batch_losses):
         steps += chunks(batches, args.gradient_accumulation)
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, args.learning_rate, weight_decay=0.0, fused=True)
-    # The rate rises from 0 over a tenth of the steps: of ten or more, the first changes nothing.
+    # Warm-up starts at 0: with ten steps or more, the first one leaves the weights as they are.
     schedule = get_cosine_schedule_with_warmup(optimizer, len(steps) // 10, len(steps))
     losses, rewards, labels = [], [], []  # of the rows since the last line of the log
     progress = tqdm(steps, "training")
@@ -351,7 +358,7 @@ def train(model, rows, args, out, losses_of=batch_losses):
             line = {"step": step, "loss": torch.cat(losses).mean().item()}
             line |= {"gradient_norm": norm.item(), "learning_rate": learning_rate}
             finite = math.isfinite(line["loss"]) and math.isfinite(line["gradient_norm"])
-            require(finite, f"loss or gradient are not finite, try a lower --learning-rate: {line}")
+            require(finite, f"not finite, so try a lower --learning-rate: {line}")
             rated = list(zip(torch.cat(rewards).tolist(), labels))
             line["reward_positive"] = mean([reward for reward, z in rated if z == 1])
             line["reward_negative"] = mean([reward for reward, z in rated if z != 1])
@@ -363,8 +370,9 @@ def train(model, rows, args, out, losses_of=batch_losses):
 def batches_of_like_length(rows, batch_size, rng):
     """Batches of rows of similar length, which need little padding, in random order.
 
-    Rows are sorted by their length times a random factor, so that each epoch has other batches. If
-    a smaller batch is left, its rows are random ones, since each counts for more in its step.
+    Rows are sorted by their length times a random factor, so that each epoch has other batches. The
+    remainder, a smaller batch, is drawn at random: its rows count for more, and should not always
+    be the longest.
     """
     rows = rng.sample(rows, len(rows))  # a shuffled copy
     whole = len(rows) - len(rows) % batch_size
@@ -395,8 +403,9 @@ def evaluate(model, tokenizer, rows, args):
     labels = torch.tensor([row.label for row in rows])
     asked = {row.prompt: row for row in rows if row.answers}  # one row for each prompt
     asked = asked or {row.prompt: row for row in rows[:4]}
-    samples = dict(zip(asked, sample(model, tokenizer, list(asked.values()), args)))
-    drawn = [one for some in samples.values() for one in some]
+    lists_of_samples = sample(model, tokenizer, list(asked.values()), args)
+    samples = dict(zip(asked, lists_of_samples))  # {prompt: its samples}
+    drawn = [one for samples_of_prompt in lists_of_samples for one in samples_of_prompt]
     metrics = {
         "perplexity": perplexity(logps, labels, rows, args),
         "reward_auc": concordance(logps - ref_logps, labels),  # β and log Z do not change the order
@@ -444,7 +453,8 @@ def sample(model, tokenizer, rows, args):
     """For each row a list of SAMPLES responses to its prompt, from π_θ at temperature 1."""
     torch.manual_seed(args.seed)
     ends = {tokenizer.eos_token_id} | {row.input_ids[-1].item() for row in rows}
-    stored = model.generation_config  # a temperature or top_p in it would change π_θ
+    # Replaced, not passed: generate() fills what it lacks, say top_p, from the model's own.
+    stored = model.generation_config
     model.generation_config = GenerationConfig(
         do_sample=True,
         top_k=0,  # all tokens; generate() has a default of 50
@@ -461,14 +471,14 @@ def sample(model, tokenizer, rows, args):
         with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
             output = model.generate(input_ids, attention_mask=attention_mask.to(model.device))
         new_tokens = output[:, input_ids.shape[1] :].tolist()
-        for i, lists in zip(indices, chunks(new_tokens, SAMPLES)):  # a prompt's stand together
+        for i, lists in zip(indices, chunks(new_tokens, SAMPLES)):  # a prompt's are adjacent
             samples[i] = [read_sample(tokens, ends, tokenizer) for tokens in lists]
     model.generation_config = stored
     return samples
 
 
 def read_sample(tokens, ends, tokenizer):
-    """The sample that these tokens are, up to the first end."""
+    """Decodes the tokens up to the first end."""
     length = next((n for n, token in enumerate(tokens) if token in ends), len(tokens))
     return Sample(tokenizer.decode(tokens[:length]).strip(), length, ended=length < len(tokens))
 
@@ -485,51 +495,64 @@ MESSAGES_IN_A_STRING = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)
 def load_rows(args, tokenizer):
     """Rows to train on, none with --eval-only, and rows to test on."""
     splits = find_splits(args)
-    if args.test_split in splits or args.test_split != "test":  # a name that was given must exist
+    is_default = args.test_split == "test"  # any other name was given, and has to exist
+    if args.test_split in splits or not is_default:
         test_rows = read_split(splits, args.test_split, args, tokenizer)
-        rows = [] if args.eval_only else read_split(splits, args.train_split, args, tokenizer)
-        return rows, test_rows
+        if args.eval_only:
+            return [], test_rows
+        differ = args.train_split != args.test_split
+        require(differ, f"{args.data}: the split {args.test_split} to train on and to test on")
+        return read_split(splits, args.train_split, args, tokenizer), test_rows
     rows = read_split(splits, args.train_split, args, tokenizer)
     prompts = sorted({row.prompt for row in rows})
     require(len(prompts) > 1, f"{args.data} has no test split, and only one prompt")
     held_out = set(random.Random(args.seed).sample(prompts, math.ceil(len(prompts) / 10)))
     print(f"there is no test split, so {len(held_out)} of {len(prompts)} prompts are held out")
     test_rows = [row for row in rows if row.prompt in held_out]
-    return [row for row in rows if row.prompt not in held_out], test_rows
+    rows = [row for row in rows if row.prompt not in held_out]
+    return [] if args.eval_only else rows, test_rows
 
 
 def find_splits(args):
     """{name: its files of JSON lines or Parquet}, or else the splits of datasets.load_dataset."""
     path = Path(args.data, args.data_dir or "")
-    if path.is_file():  # what is trained on, or with --eval-only tested on
-        return {args.test_split if args.eval_only else args.train_split: [path]}
+    if path.is_file() and args.eval_only:
+        print(f"{path} is tested on as a whole, also if a part of it was trained on")
+        return {args.test_split: [path]}
+    if path.is_file():
+        return {args.train_split: [path]}
     files = defaultdict(list)
     for file in sorted([*path.glob("*.jsonl"), *path.glob("*.parquet")]):
         name = re.sub(r"[-_]\d+(-of-\d+)?$", "", file.stem)  # train-00000-of-00002 is of train
         files[name].append(file)
     for name, parts in files.items():
         one_format = len({file.suffix for file in parts}) == 1
-        require(one_format, f"{args.data} has {name} as JSON lines and as Parquet: which is meant?")
+        require(one_format, f"{args.data} has {name} as JSON lines and as Parquet: keep one")
     return files or datasets.load_dataset(args.data, data_dir=args.data_dir)
 
 
 def read_records(source, place):
-    """(where it stands, the record) for each record of a split: of files, or of a data set."""
-    if isinstance(source, list):  # each file is read by itself, for it may have types of its own
-        for file in source:
-            if file.suffix == ".jsonl":
-                yield from read_json_lines(file)
-            else:
-                folder, name = str(file.parent), file.name
-                table = datasets.load_dataset(folder, data_files=name, split="train")
-                yield from read_records(table, file)
+    """Yields (where it stands, record). The source is a list of files, or a table of datasets."""
+    if not isinstance(source, list):
+        yield from read_table(source, place)
         return
-    if source.info.builder_name == "csv":
+    # Each file by itself, and JSON by json: datasets would cast all to the types that come first.
+    for file in source:
+        if file.suffix == ".jsonl":
+            yield from read_json_lines(file)
+        else:
+            folder, name = str(file.parent), file.name
+            table = datasets.load_dataset(folder, data_files=name, split="train")
+            yield from read_table(table, file)
+
+
+def read_table(table, place):
+    if table.info.builder_name == "csv":
         raise Mistake(f"{place}: CSV turns the text NA into nothing; write JSON lines")
-    label = source.features.get("label")
-    if isinstance(label, datasets.ClassLabel):  # its 0 and 1 are in the order of the names
+    label = table.features.get("label")
+    if isinstance(label, datasets.ClassLabel):  # it numbers its names in order, so 1 may be bad
         raise Mistake(f"{place}: the label is a {label}; write the numbers 0 and 1")
-    for number, record in enumerate(source, 1):
+    for number, record in enumerate(table, 1):
         yield f"{place}, row {number}", record
 
 
@@ -558,7 +581,7 @@ def read_split(splits, name, args, tokenizer):
         if len({row.prompt for row in found}) > 1:
             unequal += 1
     short = [row for row in rows if len(row.input_ids) <= args.max_length]
-    count = f"{name}: {len(short)} rows, and {len(rows) - len(short)} over --max-length, left out"
+    count = f"{name}: {len(short)} rows, and {len(rows) - len(short)} left out, over --max-length"
     require(short, f"{args.data}, {count}")
     chats = sum(row.is_chat for row in short)
     ids, mask = short[0].input_ids, short[0].response_mask
@@ -566,7 +589,7 @@ def read_split(splits, name, args, tokenizer):
     print(f"  plain text: {len(short) - chats}; through the chat template: {chats}")
     print(f"  columns not read: {', '.join(sorted(unread)) or 'none'}")
     if unequal:
-        print(f"  in {unequal} pairs the prompts differ, too; only the last responses are rated")
+        print(f"  in {unequal} pairs the prompts differ, too; only the last turn is the response")
     print(f"  first prompt   {tokenizer.decode(ids[~mask])!r}")
     print(f"  first response {tokenizer.decode(ids[mask])!r}")
     return short
@@ -579,8 +602,10 @@ def read_record(record, args, tokenizer):
     label = "score" if args.continuous and "score" in record else "label"
     if "chosen" in record or "rejected" in record:
         require("completion" not in record, "it has a completion and a pair as well")
+        is_pair = {"chosen", "rejected"} <= record.keys()
+        require(is_pair, "one of chosen and rejected is empty")
         columns = {"chosen", "rejected"}
-        rated = [(record.get("chosen"), 1), (record.get("rejected"), 0)]
+        rated = [(record["chosen"], 1), (record["rejected"], 0)]
     elif {"completion", label} <= record.keys():
         columns = {"completion", label}
         rated = [(record["completion"], record[label])]
@@ -597,7 +622,7 @@ def read_row(record, response, z, args, tokenizer):
         raise Mistake(f"its label is {z!r}: use 0, 1, or with --continuous a score between them")
     weight, answers = record.get("weight", 1.0), record.get("answers", [])
     if not isinstance(weight, int | float) or not 0 <= weight < math.inf:
-        raise Mistake(f"its weight is {weight!r}, not a number from 0 on")
+        raise Mistake(f"its weight is {weight!r}, not a finite number of at least 0")
     if not isinstance(answers, list) or not all(isinstance(text, str) for text in answers):
         raise Mistake(f"its answers are {answers!r}, not a list of texts")
     prompt = record.get("prompt")
@@ -614,26 +639,36 @@ def read_row(record, response, z, args, tokenizer):
     if not is_chat and ids[-1] != tokenizer.eos_token_id:
         ids.append(tokenizer.eos_token_id)
     # A token that spans the boundary between prompt and response belongs to the response.
-    start = len(os.path.commonprefix([prompt_ids, ids]))
+    start = len(os.path.commonprefix([prompt_ids, ids]))  # of lists, too
     require(start > 0, f"its prompt {prompt[:60]!r} has no token of its own")
-    row = Row(prompt, torch.tensor(ids), torch.arange(len(ids)) >= start, float(z), float(weight))
-    row.group, row.is_chat = record.get("group"), is_chat
-    for text in answers:  # encoded and decoded, so that they compare equal to samples
-        answer_ids = tokenizer(opening + text, add_special_tokens=False).input_ids
-        row.answers.append(tokenizer.decode(answer_ids).strip())
-    return row
+    encoded = [tokenizer(opening + text, add_special_tokens=False).input_ids for text in answers]
+    return Row(
+        prompt=prompt,
+        input_ids=torch.tensor(ids),
+        response_mask=torch.arange(len(ids)) >= start,
+        label=float(z),
+        weight=float(weight),
+        answers=[tokenizer.decode(answer_ids).strip() for answer_ids in encoded],  # as samples are
+        group=record.get("group"),
+        is_chat=is_chat,
+    )
+
+
+# The next two return (prompt, opening, answer). The prompt is what the model is given. The opening
+# is what a template writes before every answer, such as an empty <think> block; plain text has
+# none. The model has to write the opening and the answer.
 
 
 def read_text(prompt, response, tokenizer):
-    """(prompt, opening, answer) as in read_chat. Plain text has no opening, and no end as yet."""
+    """Plain text is taken as it stands. read_row appends its end, the eos_token."""
     require(isinstance(response, str), f"its response is {response!r}, not a text")
     if prompt is None:  # a transcript, as in HH-RLHF: its last turn is the response
         before, turn, response = response.rpartition("\n\nAssistant:")
         prompt = before + turn
+        require(prompt, "it has no prompt, and its response no '\\n\\nAssistant:'")
         require("\n\nHuman:" not in response, "its last turn is Human's")
-    if not isinstance(prompt, str) or not prompt:
-        raise Mistake(f"its prompt is {prompt!r}, and its response has no '\\n\\nAssistant:'")
-    repeats = " " in prompt and response.startswith(prompt)
+    require(isinstance(prompt, str), f"its prompt is {prompt!r}, not a text")
+    repeats = len(prompt) > 5 and response.startswith(prompt)  # a shorter one may do so by chance
     require(not repeats, "its response repeats its prompt")
     if response.rstrip().endswith(tokenizer.eos_token):
         response = response.rstrip().removesuffix(tokenizer.eos_token)
@@ -642,9 +677,7 @@ def read_text(prompt, response, tokenizer):
 
 
 def read_chat(prompt, response, tokenizer):
-    """(prompt, opening, answer): the template's text up to the answer's turn, what it writes before
-    the answer, such as an empty <think> block, and the answer with its end, such as <|im_end|>.
-    """
+    """Messages go through the chat template. The last one is the answer, with its <|im_end|>."""
     conversation = as_messages(response, "assistant")
     asked = as_messages(prompt or [], "user")
     if len(conversation) == 1:
@@ -668,14 +701,19 @@ def read_chat(prompt, response, tokenizer):
             raise Mistake(f"the template leaves out or changes {content[:60]!r}")
     require(whole.startswith(prompt), f"the template's {prompt[-40:]!r} is not before the answer")
 
-    # whole = prompt + opening + text + after. A mark in place of the text shows what is after it.
+    # whole = prompt + opening + text + after. A mark instead of the text shows what after is. The
+    # end is its first word; what follows, such as a line break, is not trained.
     mark = "\ue000"
     after = through_template([*context, last | {"content": mark}], tokenizer).rpartition(mark)[2]
-    opening = whole.removeprefix(prompt).removesuffix(after).rpartition(text)[0]
-    found = re.match(r"\s*\S+", after)
-    end = found[0] if found else tokenizer.eos_token
-    is_token = len(tokenizer(end.strip(), add_special_tokens=False).input_ids) == 1
-    require(is_token, f"the template ends an answer with {end!r}, which is not one token")
+    opening, found, _ = whole.removeprefix(prompt).removesuffix(after).rpartition(text)
+    require(found, "the template changes the answer")
+    first_word = re.match(r"\s*\S+", after)
+    end = first_word[0] if first_word else tokenizer.eos_token
+    end_ids = tokenizer(end.strip(), add_special_tokens=False).input_ids
+    last_ids = tokenizer(text + end, add_special_tokens=False).input_ids[-1:]
+    require(
+        last_ids == end_ids, f"the template ends an answer with {end!r}, which is not one token"
+    )
     return prompt, opening, text + end
 
 
@@ -709,13 +747,10 @@ def as_messages(value, role):
 
 def read_options(argv=None):
     """The options of a command line. Some defaults depend on the model."""
-    args = Options(**vars(HfArgumentParser(Options, prog="ulma.py").parse_args(argv)))
-    defaults = {"beta": 0.1, "epochs": 3}
-    if Path(args.model).resolve() == EXAMPLE:
-        defaults = {"beta": 3.0, "epochs": 5, "learning_rate": 3e-4}
-    for name, default in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, default)
+    parser = HfArgumentParser(Options, prog="ulma.py")
+    if Path(parser.parse_args(argv).model).resolve() == EXAMPLE:
+        parser.set_defaults(beta=3.0, epochs=5, learning_rate=3e-4)
+    args = Options(**vars(parser.parse_args(argv)))
     check_numbers(args)
     return args
 
@@ -734,7 +769,7 @@ def check_numbers(args):
 def load_tokenizer(name):
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except OSError as error:  # whose text may lack the model's name
+    except OSError as error:  # whose message does not always name the model
         raise Mistake(f"the model {name}: {error}") from None
     require(tokenizer.eos_token, f"the tokenizer of {name} has no eos_token")
     return tokenizer
@@ -761,7 +796,8 @@ def run(args):
     rows, test_rows = load_rows(args, tokenizer)
     rows = [] if args.eval_only else prepare(rows, args)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_model(args.reference or args.model, tokenizer).to(device)  # π_ref
+    # The model is π_ref, and then π_θ as well, unless --reference is another one.
+    model = load_model(args.reference or args.model, tokenizer).to(device)
     write(out / "options.json", [asdict(args)], "x")  # fails if another run has just created it
     print(f"--model {args.model} on {device}; results in {out}")
 
@@ -770,8 +806,8 @@ def run(args):
         set_reference(model, test_rows, args)
         set_reference(model, rows, args)
     reference_seconds = time.perf_counter() - start
-    if args.reference:  # π_θ starts elsewhere than π_ref
-        del model  # of the two, one at a time is in memory
+    if args.reference:
+        del model  # never both in memory
         model = load_model(args.model, tokenizer).to(device)
 
     results, samples = {"options": asdict(args)}, {}
@@ -798,7 +834,7 @@ def run(args):
 
 
 def try_to_save(model, tokenizer, out):
-    """Saves config and tokenizer, and on trial the weights: what must fail is to fail early."""
+    """Saves all but the weights, and these on trial: what cannot be saved fails before training."""
     try:
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
