@@ -147,7 +147,7 @@ def test_an_epoch_has_every_row_once_in_any_number_of_processes(trainer):
 def test_fewer_rows_than_processes_are_told_once(trainer, tmp_path):
     write_rows(tmp_path / "few", ROWS[:2])
     printed = trainer("", 3, code=1, data=tmp_path / "few")
-    assert printed.count("2 rows are too few for 3 processes") == 1
+    assert printed.count("rows: 2; they are too few for 3 processes") == 1
 
 
 def test_lora_trains_adapters_from_the_seed_and_leaves_a_merged_model(trainer, folder, tmp_path):

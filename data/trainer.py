@@ -9,16 +9,21 @@
 
 The first command trains adapters on one GPU (pip install peft), the second all weights on eight.
 ScriptArguments, below, has the options of ulma.py and --lora; all others are those of
-TrainingArguments. β is 0.1 and the learning rate 1e-5 unless they are given.
+TrainingArguments. Unless they are given, β is 0.1, the learning rate 1e-5 (too low for adapters),
+and there are 3 epochs, and 8 rows in a batch of each process.
 
 - A step's loss is the mean over all its rows, whatever the number of processes, of batches in a
-  step, or of rows in the last batch. An epoch has every row once. With as many rows in a batch,
-  those of all processes together, the steps are those of ulma.py.
-- A run that was killed goes on from its last checkpoint (--save_steps) when the same command is
-  given again, and ends as if it had never stopped. Another command, other rows, another base model
-  or another number of processes is refused. Several machines need a shared disk.
+  step, or of rows in the last batch. An epoch has every row once. With the same total number of
+  rows in a step, over all processes, the steps are those of ulma.py.
+- A run that was killed goes on from its last checkpoint when the same command is given again, and
+  ends as if it had never stopped. (--save_steps is 500 by default. If torchrun alone was killed,
+  end its processes first.) Another command, other rows to train on, another base model or another
+  number of processes is refused; so is a finished folder. Several machines need a shared disk.
 - The output folder gets the model; with --lora it gets the adapters, and merged/ in it the model
-  with the adapters merged in. A checkpoint also holds the optimizer: 12 bytes a trained weight.
+  with the adapters merged in, which is what ulma.py --eval-only takes as --model. Adapters leave
+  the embeddings as they are: train a token that you added to the tokenizer with all weights first.
+- A checkpoint also holds the optimizer: 12 bytes a trained weight. --save_total_limit 2 keeps two.
+- The rewards that ulma.py writes to log.jsonl are in the log of the Trainer.
 - At the end the first process evaluates the model before and after training as ulma.py does, and
   writes metrics.json and samples.jsonl. If the model does not fit on that one GPU, only this
   evaluation fails; the trained model has been saved before.
@@ -33,6 +38,7 @@ import math
 import os
 import random
 import sys
+import time
 from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import sha256
@@ -211,12 +217,13 @@ def load(folder):
 
 
 def report_error(kind, error, trace):
-    """Errors that the user can fix end in one line: those of all processes alike only once."""
+    """Errors that the user can fix end in one line, from the first process that has them."""
     if not issubclass(kind, ulma.MISTAKES):
-        sys.__excepthook__(kind, error, trace)
-    elif training.process_index == 0 or kind is not ulma.Mistake:
-        told = " ".join(str(error).split())
-        print(f"trainer.py, process {training.process_index}: error: {told}", file=sys.stderr)
+        return sys.__excepthook__(kind, error, trace)
+    if training.process_index > 0:
+        time.sleep(20)  # a mistake of all is told by process 0; then torchrun ends this one
+    told = " ".join(str(error).split())
+    print(f"trainer.py, process {training.process_index}: error: {told}", file=sys.stderr)
 
 
 # ---- Options and rows ----
@@ -245,7 +252,7 @@ ulma.check_numbers(options)
 tokenizer = ulma.load_tokenizer(options.model)
 rows, test_rows = ulma.load_rows(options, tokenizer)
 rows = ulma.prepare(rows, options)
-told = f"{len(rows)} rows are too few for {training.world_size} processes"
+told = f"rows: {len(rows)}; they are too few for {training.world_size} processes"
 ulma.require(len(rows) >= training.world_size, told)
 model = load(options.model)
 
@@ -305,6 +312,7 @@ trainer.model_accepts_loss_kwargs = True  # compute_loss has divided by all rows
 trainer.add_callback(BeforeTheFirstStep(trainer))
 whole = [path.parent for path in out.glob("checkpoint-*/trainer_state.json")]  # written last
 newest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+print(f"goes on from {newest}" if newest else f"begins; results in {out}")
 trainer.train(newest and str(newest))
 trainer.save_model()
 
