@@ -930,8 +930,8 @@ def test_the_files_of_a_folder_are_splits(tmp_path):
 def test_several_files_of_a_split_are_read_one_after_the_other(tmp_path):
     for i in range(3):
         write(tmp_path / f"train-0000{i}-of-00003.jsonl", [point(i)])
-    write(tmp_path / "test_1.jsonl", [point(7)])
-    write(tmp_path / "test_2.jsonl", [point(8)])
+    write(tmp_path / "test-1-of-2.jsonl", [point(7)])
+    write(tmp_path / "test-2-of-2.jsonl", [point(8)])
     rows, test_rows = load(tmp_path)
     assert [row.prompt[9] for row in rows + test_rows] == ["0", "1", "2", "7", "8"]
 
@@ -946,13 +946,13 @@ def test_a_missing_split_is_told_with_those_that_are_there(tmp_path, flags):
 
 def test_a_split_to_train_on_and_to_test_on_is_refused(tmp_path):
     write(tmp_path / "test.jsonl", POINTS)
-    with pytest.raises(ulma.Mistake, match="the split test to train on and to test on"):
+    with pytest.raises(ulma.Mistake, match="are both test"):
         load(tmp_path, "--train-split test")
 
 
 def test_a_file_is_tested_on_as_a_whole_and_that_is_told(read_records, capsys):
     assert len(read_records(*POINTS)) == 20
-    assert "rows.jsonl is tested on as a whole" in capsys.readouterr().out
+    assert "rows.jsonl is tested on, even if" in capsys.readouterr().out
 
 
 def test_without_a_test_split_a_seeded_tenth_of_the_prompts_is_held_out(tmp_path, capsys):
@@ -993,9 +993,9 @@ def test_each_parquet_file_keeps_its_own_types(tmp_path):
     """Cast to the first file's type, a label of 5 would be true."""
     first = [point(i, bool(i % 2)) for i in range(4)]
     second = [point(i, label) for i, label in enumerate((1, 5, -1))]
-    datasets.Dataset.from_list(first).to_parquet(tmp_path / "train-0.parquet")
-    datasets.Dataset.from_list(second).to_parquet(tmp_path / "train-1.parquet")
-    with pytest.raises(ulma.Mistake, match=r"train-1.parquet, row 2: its label is 5"):
+    datasets.Dataset.from_list(first).to_parquet(tmp_path / "train-0-of-2.parquet")
+    datasets.Dataset.from_list(second).to_parquet(tmp_path / "train-1-of-2.parquet")
+    with pytest.raises(ulma.Mistake, match=r"train-1-of-2.parquet, row 2: its label is 5"):
         load(tmp_path)
 
 
@@ -1114,6 +1114,12 @@ def test_a_text_begins_as_the_tokenizer_begins_one_and_ends_once(
         record = {"prompt": "10 11 ", "completion": completion, "label": 1}
         rows = read_records(record, tokenizer=words(single))
         assert decoded(rows, words()) == [(prompt, response)]
+
+
+def test_a_text_that_has_its_bos_already_is_refused(read_records):
+    record = {"prompt": "<s>Hi", "completion": "x", "label": 1}
+    with pytest.raises(ulma.Mistake, match="begins with the bos_token"):
+        read_records(record, tokenizer=chat_tokenizer(None, bos="<s>"))
 
 
 def test_a_token_across_the_boundary_belongs_to_the_response(read_records):
@@ -1457,6 +1463,10 @@ A, B = json.dumps(point(1)), json.dumps(point(2, 0))
         (json.dumps(point(1, completion=" long" * 99)), "--max-length"),
         (A.replace('" Answer', '"Question 1? Answer'), "repeats its prompt"),
         ('{"completion": "Hi\\n\\nAssistant: x\\n\\nHuman: y", "label": 1}', "Human's"),
+        (
+            '{"prompt": "Hi", "completion": "\\n\\nHuman: Hi\\n\\nAssistant: x", "label": 1}',
+            "Human's",
+        ),
         ("\n".join([A] * 9), "only one prompt"),
         ("\n".join(json.dumps(point(i, 0)) for i in range(9)), "the mean label is 0"),
     ],

@@ -129,7 +129,9 @@ class Options:
     balanced: bool = option(False, "rows of label 1 have the same total weight as all others")
     learning_rate: float | None = option(None, "its peak; required, except for the example: 3e-4")
     epochs: int = option(3, "for the example 5")
-    batch_size: int = option(16, "rows in a forward pass; of samples four times as many")
+    batch_size: int = option(
+        16, "rows in a forward pass; in sampling, prompts with four samples each"
+    )
     gradient_accumulation: int = option(1, "forward passes in a step")
     bf16: bool = option(BF16, "autocast to bfloat16; on by default where the GPU supports it")
     max_length: int = option(512, "in tokens; longer rows are left out")
@@ -154,7 +156,7 @@ def require(condition, message):
 # ---- Log-probabilities ----
 
 
-@dataclass(eq=False)  # a row is equal to itself alone, and can be the key of a dict
+@dataclass(eq=False)  # compared by identity: == of tensors is not one truth value
 class Row:
     """A prompt and one rated response."""
 
@@ -197,7 +199,6 @@ def logits_only_at(model, i, t):
 
     Logits at all B × T positions would take most of the memory, and no loss reads them. The output
     head is also kept out of autocast, since bfloat16 rounds a logit of 20 to a multiple of 1/8.
-    (A forward pre-hook could select the positions, but not switch autocast off.)
     """
     head = getattr(model, "module", model).get_output_embeddings()  # DDP has the model in .module
     forward = head.forward
@@ -235,7 +236,7 @@ def all_logps(model, rows, args, title):
     for indices in tqdm(batches_longest_first(rows, args.batch_size), title):
         logps[indices] = row_logps(model, [rows[i] for i in indices], args).cpu()
     finite = logps.isfinite().all()
-    require(finite, "log π(y|x) is not finite: broken weights, or a too high --learning-rate")
+    require(finite, "log π(y|x) is not finite: broken weights, or too high a --learning-rate")
     return logps
 
 
@@ -277,21 +278,23 @@ def balance(rows):
 
 
 def default_log_z(rows, args):
-    """prior_log_z of the weighted mean label, or 0 if no row's loss contains log Z."""
+    """prior_log_z of the weighted mean label, or 0 if no row's loss contains log Z.
+
+    In ULMA demonstrations count, too, although their loss has no log Z: it is the share of good
+    responses among all that is to be predicted.
+    """
     if args.method == "sft" or (args.method == "ulma" and all(row.label == 1 for row in rows)):
         return 0.0
     total = sum(row.weight for row in rows)
     require(total > 0, "the weights of all rows are 0")
     mean_label = sum(row.weight * row.label for row in rows) / total
-    possible = args.continuous or 0 < mean_label < 1
-    require(
-        possible, f"the mean label is {mean_label:g}, from which no log Z follows: give --log-z"
-    )
+    if not args.continuous and not 0 < mean_label < 1:
+        raise Mistake(f"the mean label is {mean_label:g}, so log Z would be infinite: give --log-z")
     return prior_log_z(mean_label, args.beta, args.continuous)
 
 
 def prepare(rows, args):
-    """Returns the rows that the method trains on, with their weights. Sets log Z if it is None."""
+    """Returns the rows that the method trains on. Balances their weights in place, sets log Z."""
     if args.method == "sft":
         require(not args.balanced, "--balanced has no meaning for SFT")
         rows = [row for row in rows if row.label == 1]
@@ -346,7 +349,7 @@ def train(model, rows, args, out, losses_of=batch_losses):
             row_losses, row_rewards = losses_of(model, batch, args)
             (row_losses.sum() / count).backward()
             losses.append(row_losses.detach())
-            rewards.append(row_rewards)
+            rewards.append(row_rewards.detach())
             labels += [row.label for row in batch]
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         learning_rate = schedule.get_last_lr()[0]
@@ -402,10 +405,9 @@ def evaluate(model, tokenizer, rows, args):
     ref_logps = torch.tensor([row.ref_logp for row in rows])
     labels = torch.tensor([row.label for row in rows])
     asked = {row.prompt: row for row in rows if row.answers}  # one row for each prompt
-    asked = asked or {row.prompt: row for row in rows[:4]}
-    lists_of_samples = sample(model, tokenizer, list(asked.values()), args)
-    samples = dict(zip(asked, lists_of_samples))  # {prompt: its samples}
-    drawn = [one for samples_of_prompt in lists_of_samples for one in samples_of_prompt]
+    asked = list((asked or {row.prompt: row for row in rows[:4]}).values())
+    samples = sample(model, tokenizer, asked, args)
+    drawn = [one for samples_of_row in samples for one in samples_of_row]
     metrics = {
         "perplexity": perplexity(logps, labels, rows, args),
         "reward_auc": concordance(logps - ref_logps, labels),  # β and log Z do not change the order
@@ -413,15 +415,16 @@ def evaluate(model, tokenizer, rows, args):
         "sample_ended": mean([one.ended for one in drawn]),
         "sample_distinct": len({one.text for one in drawn}) / len(drawn),
     }
-    matches = defaultdict(list)
-    for prompt, row in asked.items():
+    matches, texts = defaultdict(list), {}
+    for row, samples_of_row in zip(asked, samples):
+        texts[row.prompt] = [one.text for one in samples_of_row]
         if row.answers:
-            found = [one.ended and one.text in row.answers for one in samples[prompt]]
+            found = [one.ended and one.text in row.answers for one in samples_of_row]
             matches["exact_match"] += found
             if row.group is not None:
                 matches[f"exact_match/{row.group}"] += found
     metrics |= {name: mean(found) for name, found in matches.items()}
-    return metrics, {prompt: [one.text for one in some] for prompt, some in samples.items()}
+    return metrics, texts
 
 
 def perplexity(logps, labels, rows, args):
@@ -471,8 +474,8 @@ def sample(model, tokenizer, rows, args):
         with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
             output = model.generate(input_ids, attention_mask=attention_mask.to(model.device))
         new_tokens = output[:, input_ids.shape[1] :].tolist()
-        for i, lists in zip(indices, chunks(new_tokens, SAMPLES)):  # a prompt's are adjacent
-            samples[i] = [read_sample(tokens, ends, tokenizer) for tokens in lists]
+        for i, responses in zip(indices, chunks(new_tokens, SAMPLES)):  # a prompt's are adjacent
+            samples[i] = [read_sample(tokens, ends, tokenizer) for tokens in responses]
     model.generation_config = stored
     return samples
 
@@ -501,7 +504,7 @@ def load_rows(args, tokenizer):
         if args.eval_only:
             return [], test_rows
         differ = args.train_split != args.test_split
-        require(differ, f"{args.data}: the split {args.test_split} to train on and to test on")
+        require(differ, f"--train-split and --test-split are both {args.test_split}")
         return read_split(splits, args.train_split, args, tokenizer), test_rows
     rows = read_split(splits, args.train_split, args, tokenizer)
     prompts = sorted({row.prompt for row in rows})
@@ -517,13 +520,13 @@ def find_splits(args):
     """{name: its files of JSON lines or Parquet}, or else the splits of datasets.load_dataset."""
     path = Path(args.data, args.data_dir or "")
     if path.is_file() and args.eval_only:
-        print(f"{path} is tested on as a whole, also if a part of it was trained on")
+        print(f"every row of {path} is tested on, even if the model was trained on it")
         return {args.test_split: [path]}
     if path.is_file():
         return {args.train_split: [path]}
     files = defaultdict(list)
     for file in sorted([*path.glob("*.jsonl"), *path.glob("*.parquet")]):
-        name = re.sub(r"[-_]\d+(-of-\d+)?$", "", file.stem)  # train-00000-of-00002 is of train
+        name = re.sub(r"-\d+-of-\d+$", "", file.stem)  # train-00000-of-00002 is of train
         files[name].append(file)
     for name, parts in files.items():
         one_format = len({file.suffix for file in parts}) == 1
@@ -581,15 +584,15 @@ def read_split(splits, name, args, tokenizer):
         if len({row.prompt for row in found}) > 1:
             unequal += 1
     short = [row for row in rows if len(row.input_ids) <= args.max_length]
-    count = f"{name}: {len(short)} rows, and {len(rows) - len(short)} left out, over --max-length"
-    require(short, f"{args.data}, {count}")
+    summary = f"{name}: {len(short)} rows, and {len(rows) - len(short)} left out, over --max-length"
+    require(short, f"{args.data}, {summary}")
     chats = sum(row.is_chat for row in short)
     ids, mask = short[0].input_ids, short[0].response_mask
-    print(f"{count}; with label 1: {sum(row.label == 1 for row in short)}")
+    print(f"{summary}; with label 1: {sum(row.label == 1 for row in short)}")
     print(f"  plain text: {len(short) - chats}; through the chat template: {chats}")
     print(f"  columns not read: {', '.join(sorted(unread)) or 'none'}")
     if unequal:
-        print(f"  in {unequal} pairs the prompts differ, too; only the last turn is the response")
+        print(f"  in {unequal} pairs the prompts differ; each response is read after its own")
     print(f"  first prompt   {tokenizer.decode(ids[~mask])!r}")
     print(f"  first response {tokenizer.decode(ids[mask])!r}")
     return short
@@ -625,19 +628,21 @@ def read_row(record, response, z, args, tokenizer):
         raise Mistake(f"its weight is {weight!r}, not a finite number of at least 0")
     if not isinstance(answers, list) or not all(isinstance(text, str) for text in answers):
         raise Mistake(f"its answers are {answers!r}, not a list of texts")
-    prompt = record.get("prompt")
-    for value in (prompt, response):
+    given = record.get("prompt")
+    for value in (given, response):
         if isinstance(value, str) and MESSAGES_IN_A_STRING.match(value):
             raise Mistake(f"it has a list of messages in a string: {value!r:.80}")
-    is_chat = isinstance(prompt, list) or isinstance(response, list)
+    is_chat = isinstance(given, list) or isinstance(response, list)
     read = read_chat if is_chat else read_text
-    prompt, opening, answer = read(prompt, response, tokenizer)
+    prompt, opening, answer = read(given, response, tokenizer)
 
     # A chat template writes <bos> and the end itself; of plain text that is the tokenizer's task.
     prompt_ids = tokenizer(prompt, add_special_tokens=not is_chat).input_ids
     ids = tokenizer(prompt + opening + answer, add_special_tokens=not is_chat).input_ids
     if not is_chat and ids[-1] != tokenizer.eos_token_id:
         ids.append(tokenizer.eos_token_id)
+    doubled = ids[:2] == [tokenizer.bos_token_id] * 2
+    require(not doubled, "it begins with the bos_token, which the tokenizer writes as well")
     # A token that spans the boundary between prompt and response belongs to the response.
     start = len(os.path.commonprefix([prompt_ids, ids]))  # of lists, too
     require(start > 0, f"its prompt {prompt[:60]!r} has no token of its own")
@@ -648,7 +653,7 @@ def read_row(record, response, z, args, tokenizer):
         response_mask=torch.arange(len(ids)) >= start,
         label=float(z),
         weight=float(weight),
-        answers=[tokenizer.decode(answer_ids).strip() for answer_ids in encoded],  # as samples are
+        answers=[tokenizer.decode(answer_ids).strip() for answer_ids in encoded],  # like samples
         group=record.get("group"),
         is_chat=is_chat,
     )
@@ -666,8 +671,8 @@ def read_text(prompt, response, tokenizer):
         before, turn, response = response.rpartition("\n\nAssistant:")
         prompt = before + turn
         require(prompt, "it has no prompt, and its response no '\\n\\nAssistant:'")
-        require("\n\nHuman:" not in response, "its last turn is Human's")
     require(isinstance(prompt, str), f"its prompt is {prompt!r}, not a text")
+    require("\n\nHuman:" not in response, "its response has a turn of Human's")
     repeats = len(prompt) > 5 and response.startswith(prompt)  # a shorter one may do so by chance
     require(not repeats, "its response repeats its prompt")
     if response.rstrip().endswith(tokenizer.eos_token):
@@ -682,9 +687,10 @@ def read_chat(prompt, response, tokenizer):
     asked = as_messages(prompt or [], "user")
     if len(conversation) == 1:
         conversation = asked + conversation
-    # Otherwise it is whole, and may repeat the prompt.
-    repeated = all(message in conversation for message in asked)
-    require(repeated, "its conversation does not contain its prompt")
+    else:  # it is whole, and may repeat the prompt, from its start or up to the answer
+        count = len(asked)
+        repeated = asked in ([], conversation[:count], conversation[-1 - count : -1])
+        require(repeated, "its conversation does not contain its prompt")
     require(len(conversation) > 1, "it has no prompt")
     *context, last = conversation
     is_answer = context[-1]["role"] != "assistant" and last["role"] == "assistant"
@@ -692,29 +698,29 @@ def read_chat(prompt, response, tokenizer):
     text = last["content"].strip()
     require(text, "its response is empty")
 
-    # Every content must stand in the result as often as in the messages.
-    prompt = through_template(context, tokenizer, add_generation_prompt=True)
+    # Every content must stand in the result at least as often as in the messages.
+    conversation = [*context, last | {"content": text}]
+    prompt_text = through_template(context, tokenizer, add_generation_prompt=True)
     whole = through_template(conversation, tokenizer)
     contents = [message["content"].strip() for message in conversation]
     for content in filter(None, contents):
         if whole.count(content) < sum(other.count(content) for other in contents):
             raise Mistake(f"the template leaves out or changes {content[:60]!r}")
-    require(whole.startswith(prompt), f"the template's {prompt[-40:]!r} is not before the answer")
+    if not whole.startswith(prompt_text):
+        raise Mistake(f"the template's {prompt_text[-40:]!r} is not before the answer")
 
-    # whole = prompt + opening + text + after. A mark instead of the text shows what after is. The
-    # end is its first word; what follows, such as a line break, is not trained.
+    # whole = prompt_text + opening + text + after. A mark instead of the text shows what after is.
+    # Its first word is the end; what follows, such as a line break, is not trained.
     mark = "\ue000"
     after = through_template([*context, last | {"content": mark}], tokenizer).rpartition(mark)[2]
-    opening, found, _ = whole.removeprefix(prompt).removesuffix(after).rpartition(text)
-    require(found, "the template changes the answer")
+    answered = whole.removeprefix(prompt_text).removesuffix(after)
+    require(answered.endswith(text), "the template changes the answer")
     first_word = re.match(r"\s*\S+", after)
     end = first_word[0] if first_word else tokenizer.eos_token
     end_ids = tokenizer(end.strip(), add_special_tokens=False).input_ids
-    last_ids = tokenizer(text + end, add_special_tokens=False).input_ids[-1:]
-    require(
-        last_ids == end_ids, f"the template ends an answer with {end!r}, which is not one token"
-    )
-    return prompt, opening, text + end
+    if tokenizer(text + end, add_special_tokens=False).input_ids[-1:] != end_ids:
+        raise Mistake(f"the template ends an answer with {end!r}, which is not one token")
+    return prompt_text, answered.removesuffix(text), text + end
 
 
 def through_template(messages, tokenizer, **options):
@@ -777,14 +783,15 @@ def load_tokenizer(name):
 
 def load_model(name, tokenizer):
     """The model in float32, in evaluation mode: dropout would make π_θ differ from π_ref."""
-    vocabulary = load_tokenizer(name).get_vocab()
+    vocabulary = load_tokenizer(name).get_vocab()  # a reference must number tokens alike
     require(vocabulary == tokenizer.get_vocab(), f"{name} does not have the vocabulary of --model")
     quantised = getattr(AutoConfig.from_pretrained(name), "quantization_config", None)
     require(not quantised, f"the weights of {name} are quantised, so they cannot be trained")
-    model, report = AutoModelForCausalLM.from_pretrained(
+    model, loading = AutoModelForCausalLM.from_pretrained(
         name, dtype=torch.float32, use_safetensors=True, output_loading_info=True
     )
-    require(not report["missing_keys"], f"{name} lacks weights: {sorted(report['missing_keys'])}")
+    missing = sorted(loading["missing_keys"])
+    require(not missing, f"{name} lacks weights: {missing}")
     return model.eval()
 
 
