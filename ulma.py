@@ -10,8 +10,8 @@ evaluation. The second half reads data and runs the command line. For adapters, 
 several GPUs there is data/trainer.py, which imports this file.
 
 One choice in the losses is not the paper's: log Z(x) is unknown, and a constant that follows from
-the labels stands for it (see prior_log_z). The authors' code takes 0 for it (--log-z 0). It also
-takes the mean over a response's tokens where the paper has the sum (--average), and averages
+the labels stands for it (see prior_log_z). The authors' code takes 0 for it (--log-z 0). Their code
+also takes the mean over a response's tokens where the paper has the sum (--average), and averages
 positive and negative responses separately (--balanced).
 """
 # SPDX-License-Identifier: MIT
@@ -93,7 +93,8 @@ def prior_log_z(mean_label, beta=0.1, continuous=False):
     """A constant for the unknown log Z(x). It is not in the paper.
 
     Before the first step π_θ = π_ref, so every response has the reward r_θ = β log Z. This constant
-    makes σ(r_θ), or in the continuous loss r_θ itself, equal to the mean label.
+    makes σ(r_θ), or in the continuous loss r_θ itself, equal to the mean label. In the binary loss
+    the mean label has to lie between 0 and 1.
     """
     if continuous:
         return mean_label / beta
@@ -124,7 +125,9 @@ class Options:
     output_dir: str | None = option(None, "by default a new folder in runs/")
     beta: float = option(0.1, "β, the scale of the reward; for the example 3")
     log_z: float | None = option(None, "by default prior_log_z of the mean label")
-    continuous: bool = option(False, "the continuous losses; z is the score")
+    continuous: bool = option(
+        False, "the continuous losses; z is the score or, without one, the label"
+    )
     average: bool = option(False, "log π is the mean over the response's tokens, not the sum")
     balanced: bool = option(False, "rows of label 1 have the same total weight as all others")
     learning_rate: float | None = option(None, "its peak; required, except for the example: 3e-4")
@@ -179,8 +182,8 @@ def pad(tensors, side="right"):
 def response_logps(model, input_ids, response_mask):
     """log π(y|x) = Σ_t log π(y_t | x, y_<t), over the response tokens of each row: (B,), in nats.
 
-    input_ids and response_mask have shape (B, T) and are padded on the right, which a causal model
-    cannot see from the left. The mask is True on the N tokens that count; it is False on the first
+    input_ids and response_mask have shape (B, T) and are padded on the right, where no response
+    token can attend to it. The mask is True on the N tokens that count; it is False on the first
     token of a row, which nothing predicts. Any decoder-only model of transformers will do.
     """
     lengths = response_mask.sum(1).tolist()
@@ -280,8 +283,8 @@ def balance(rows):
 def default_log_z(rows, args):
     """prior_log_z of the weighted mean label, or 0 if no row's loss contains log Z.
 
-    In ULMA demonstrations count, too, although their loss has no log Z: it is the share of good
-    responses among all that is to be predicted.
+    In ULMA demonstrations count, too, although their own loss has no log Z: σ(β log Z) is to match
+    the share of good responses among all rows.
     """
     if args.method == "sft" or (args.method == "ulma" and all(row.label == 1 for row in rows)):
         return 0.0
@@ -326,7 +329,7 @@ def batch_losses(model, rows, args):
 
 
 def train(model, rows, args, out, losses_of=batch_losses):
-    """Minimises weight × loss, in each step its mean; logs every ten steps to out/log.jsonl.
+    """Each step descends the mean of weight × loss over its rows; every tenth is logged in out.
 
     The optimiser is AdamW without weight decay; gradients are clipped to a norm of 1. The model
     stays in evaluation mode, for dropout would make π_θ differ from π_ref. To train with a loss of
@@ -404,8 +407,8 @@ def evaluate(model, tokenizer, rows, args):
     logps = all_logps(model, rows, args, "log π")
     ref_logps = torch.tensor([row.ref_logp for row in rows])
     labels = torch.tensor([row.label for row in rows])
-    asked = {row.prompt: row for row in rows if row.answers}  # one row for each prompt
-    asked = list((asked or {row.prompt: row for row in rows[:4]}).values())
+    with_answers = [row for row in rows if row.answers]
+    asked = list({row.prompt: row for row in with_answers or rows[:4]}.values())
     samples = sample(model, tokenizer, asked, args)
     drawn = [one for samples_of_row in samples for one in samples_of_row]
     metrics = {
@@ -455,6 +458,7 @@ def concordance(scores, labels):
 def sample(model, tokenizer, rows, args):
     """For each row a list of SAMPLES responses to its prompt, from π_θ at temperature 1."""
     torch.manual_seed(args.seed)
+    # A conversation's end may be another token than the eos_token.
     ends = {tokenizer.eos_token_id} | {row.input_ids[-1].item() for row in rows}
     # Replaced, not passed: generate() fills what it lacks, say top_p, from the model's own.
     stored = model.generation_config
@@ -498,8 +502,7 @@ MESSAGES_IN_A_STRING = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)
 def load_rows(args, tokenizer):
     """Rows to train on, none with --eval-only, and rows to test on."""
     splits = find_splits(args)
-    is_default = args.test_split == "test"  # any other name was given, and has to exist
-    if args.test_split in splits or not is_default:
+    if args.test_split in splits or args.test_split != "test":  # only the default may be missing
         test_rows = read_split(splits, args.test_split, args, tokenizer)
         if args.eval_only:
             return [], test_rows
@@ -519,11 +522,10 @@ def load_rows(args, tokenizer):
 def find_splits(args):
     """{name: its files of JSON lines or Parquet}, or else the splits of datasets.load_dataset."""
     path = Path(args.data, args.data_dir or "")
-    if path.is_file() and args.eval_only:
-        print(f"every row of {path} is tested on, even if the model was trained on it")
-        return {args.test_split: [path]}
     if path.is_file():
-        return {args.train_split: [path]}
+        if args.eval_only:
+            print(f"every row of {path} is tested on, even if the model was trained on it")
+        return {args.test_split if args.eval_only else args.train_split: [path]}
     files = defaultdict(list)
     for file in sorted([*path.glob("*.jsonl"), *path.glob("*.parquet")]):
         name = re.sub(r"-\d+-of-\d+$", "", file.stem)  # train-00000-of-00002 is of train
@@ -545,7 +547,7 @@ def read_records(source, place):
             yield from read_json_lines(file)
         else:
             folder, name = str(file.parent), file.name
-            table = datasets.load_dataset(folder, data_files=name, split="train")
+            table = datasets.load_dataset(folder, data_files=name, split="train")  # its only split
             yield from read_table(table, file)
 
 
@@ -642,7 +644,7 @@ def read_row(record, response, z, args, tokenizer):
     if not is_chat and ids[-1] != tokenizer.eos_token_id:
         ids.append(tokenizer.eos_token_id)
     doubled = ids[:2] == [tokenizer.bos_token_id] * 2
-    require(not doubled, "it begins with the bos_token, which the tokenizer writes as well")
+    require(not doubled, "it begins with the bos_token, which the tokenizer writes, too")
     # A token that spans the boundary between prompt and response belongs to the response.
     start = len(os.path.commonprefix([prompt_ids, ids]))  # of lists, too
     require(start > 0, f"its prompt {prompt[:60]!r} has no token of its own")
@@ -665,7 +667,7 @@ def read_row(record, response, z, args, tokenizer):
 
 
 def read_text(prompt, response, tokenizer):
-    """Plain text is taken as it stands. read_row appends its end, the eos_token."""
+    """Plain text is taken as it stands, but for an eos_token at its end: read_row writes one."""
     require(isinstance(response, str), f"its response is {response!r}, not a text")
     if prompt is None:  # a transcript, as in HH-RLHF: its last turn is the response
         before, turn, response = response.rpartition("\n\nAssistant:")
@@ -709,8 +711,8 @@ def read_chat(prompt, response, tokenizer):
     if not whole.startswith(prompt_text):
         raise Mistake(f"the template's {prompt_text[-40:]!r} is not before the answer")
 
-    # whole = prompt_text + opening + text + after. A mark instead of the text shows what after is.
-    # Its first word is the end; what follows, such as a line break, is not trained.
+    # whole = prompt_text + opening + text + after. A rendering with a mark instead of the text has
+    # the same after. Its first word is the end; what follows, such as a line break, is not trained.
     mark = "\ue000"
     after = through_template([*context, last | {"content": mark}], tokenizer).rpartition(mark)[2]
     answered = whole.removeprefix(prompt_text).removesuffix(after)
@@ -786,7 +788,7 @@ def load_model(name, tokenizer):
     vocabulary = load_tokenizer(name).get_vocab()  # a reference must number tokens alike
     require(vocabulary == tokenizer.get_vocab(), f"{name} does not have the vocabulary of --model")
     quantised = getattr(AutoConfig.from_pretrained(name), "quantization_config", None)
-    require(not quantised, f"the weights of {name} are quantised, so they cannot be trained")
+    require(not quantised, f"the weights of {name} are quantised, which is not supported")
     model, loading = AutoModelForCausalLM.from_pretrained(
         name, dtype=torch.float32, use_safetensors=True, output_loading_info=True
     )
@@ -809,7 +811,7 @@ def run(args):
     print(f"--model {args.model} on {device}; results in {out}")
 
     start = time.perf_counter()
-    if args.reference or not args.eval_only:
+    if args.reference or not args.eval_only:  # SFT needs it for the logged rewards alone
         set_reference(model, test_rows, args)
         set_reference(model, rows, args)
     reference_seconds = time.perf_counter() - start
