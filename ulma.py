@@ -745,7 +745,8 @@ def as_messages(value, role):
         plain = {"role": given.pop("role", None), "content": given.pop("content", "")}
         is_plain = not given and plain["role"] in ROLES and isinstance(plain["content"], str)
         if not is_plain:
-            raise Mistake(f"a message has a role of {', '.join(ROLES)}, and a text: {message}")
+            told = f"a message needs a role ({', '.join(ROLES)}) and a text, and nothing else"
+            raise Mistake(f"{told}: {message}")
         messages.append(plain)
     return messages
 
