@@ -1245,6 +1245,7 @@ def test_the_end_of_a_turn_need_not_be_a_special_token(read_records):
             "leaves out or changes",
         ),
         ("assistant\n{% endif", "assistant\n<think>\n{% endif", {}, "<think>"),
+        ("m.content }}", "m.content }}{{ m.content | length }}", answer("Good."), "changes the"),
         ("{% for", "{{ raise_exception('no such role') }}{% for", {}, "no such role"),
         ("", "", answer("</t>x", reasoning="y"), "reasoning"),
         ("", "", answer([{"type": "text", "text": "x"}]), "a message needs a role"),
