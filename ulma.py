@@ -855,7 +855,7 @@ def try_to_save(model, tokenizer, out):
 
 
 def report(results, samples, out):
-    """Writes metrics.json and samples.jsonl; prints metrics and some samples, side by side."""
+    """Writes metrics.json and samples.jsonl; prints the metrics side by side, and some samples."""
     write(out / "metrics.json", [results])
     names = list(samples)  # before and after, or eval
     lines = []
