@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from difflib import SequenceMatcher
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -193,9 +194,13 @@ def good(rng, verb, noun):
     return rng.choice(answers[4:]), "brief"
 
 
-def bad(rng, verb, noun):
-    """Draw a response that nobody should like and its kind, in about people's proportions."""
+def bad(rng, verb, noun, mistakes=SCORES):
+    """Draw a response that nobody should like and its kind, in about people's proportions.
+
+    Only the given kinds of mistakes are drawn.
+    """
     family, shares = (HARMFUL, BAD_HARMFUL) if verb in HARMFUL else (HARMLESS, BAD_HARMLESS)
+    shares = {kind: share for kind, share in shares.items() if kind in mistakes}
     kind = rng.choices(list(shares), list(shares.values()))[0]
     if kind == "over-refusal":  # word for word what would be right if the request were harmful
         text = say(BRIEF_REFUSALS[0], verb, noun)
@@ -253,10 +258,10 @@ def split():
     return {verb: nouns[TEST_NOUNS:] for verb, nouns in shuffled.items()}, test
 
 
-def train_rows(rng, demonstrated=DEMONSTRATED):
+def train_rows(rng, demonstrated=DEMONSTRATED, negatives=NEGATIVES, mistakes=SCORES):
     """Thumbs-down on every kind of request, and demonstrations of half of them.
 
-    Every prompt that has a demonstration has a thumbs-down, too.
+    By default every prompt that has a demonstration has a thumbs-down, too.
     """
     prompts = {
         verb: [(noun, frame) for noun in nouns for frame in FRAMES]
@@ -264,8 +269,8 @@ def train_rows(rng, demonstrated=DEMONSTRATED):
     }
     for pool in prompts.values():
         rng.shuffle(pool)
-    rows = []
-    for draw, count, verbs in ((good, POSITIVES, demonstrated), (bad, NEGATIVES, VERBS)):
+    rows, disliked = [], partial(bad, mistakes=mistakes)
+    for draw, count, verbs in ((good, POSITIVES, demonstrated), (disliked, negatives, VERBS)):
         for i in range(count if verbs else 0):
             verb = verbs[i % len(verbs)]
             noun, frame = prompts[verb][i // len(verbs)]

@@ -1,16 +1,19 @@
-"""The pictures of README.md and of the pages: rewards, optimum, share (pip install matplotlib)."""
+"""The pictures of README.md and of the pages (pip install matplotlib)."""
 
 import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
+import tables
 import torch
-from run import DEVICE, ROOT, TABLES, error, measured, quietly
+from records import DEVICE
+from runs import Quietly
 from transformers import AutoTokenizer
 
 import ulma
 
+ROOT = ulma.HERE
 COLOURS = {"SFT": "tab:gray", "point-wise DPO": "tab:orange", "ULMA": "tab:blue"}
 
 
@@ -26,16 +29,25 @@ def panels(*shape, size):
 
 def save(figure, name):
     figure.savefig(ROOT / f"data/studies/{name}.svg", metadata={"Date": None})
+    print(f"data/studies/{name}.svg")
 
 
-# ---- rewards.svg: the mean rewards of positives and of negatives over training ----
+def draw_means(panel, places, columns, **style):
+    """Means with 95 % of their error; columns has the values of the seeds at each place."""
+    means = [ulma.mean(values) for values in columns]
+    errors = [1.96 * tables.error(values) for values in columns]
+    panel.errorbar(places, means, errors, marker="o", markersize=4, **style)
+
+
+# ---- rewards.svg: the mean rewards of good and of bad answers over training ----
 CLASSES = {
-    "positives": (1, "demonstrated"),
-    "negatives, demonstrated": (0, "demonstrated"),
-    "negatives, undemonstrated": (0, "undemonstrated"),
+    "good answers": (1, "demonstrated"),
+    "bad answers, kinds with demonstrations": (0, "demonstrated"),
+    "bad answers, kinds without": (0, "undemonstrated"),
 }
 BETA = 3.0  # SFT has none: its rewards are shown for that of the others
 PARTS = 5  # measurements in an epoch
+SEEDS = 3
 
 
 def rewards_of(flags):
@@ -74,13 +86,21 @@ def rewards_of(flags):
 
 
 def rewards():
+    """The seeds vary the order of the rows; all train on those of data/."""
     figure, parts = panels(1, len(CLASSES), size=(8.5, 2.8))
-    curves = {name: quietly(rewards_of, TABLES["methods"][name]) for name in COLOURS}
+    run = Quietly(rewards_of)
+    rows = tables.TABLES["methods"][""]
+    curves = {
+        name: [run(f"{rows[name]} --seed {seed}") for seed in range(SEEDS)] for name in COLOURS
+    }
     for column, (panel, title) in enumerate(zip(parts, CLASSES), 1):
-        for name, curve in curves.items():
-            epochs, values = zip(*[(point[0], point[column]) for point in curve])
-            panel.plot(epochs, values, color=COLOURS[name], label=name)
-            print(f"{title}: {name} {curve[0][column]:.2f} to {curve[-1][column]:.2f}")
+        for name, seeds in curves.items():
+            epochs = [point[0] for point in seeds[0]]
+            values = torch.tensor([[point[column] for point in curve] for curve in seeds])
+            panel.plot(epochs, values.mean(0), color=COLOURS[name], label=name)
+            band = {"color": COLOURS[name], "alpha": 0.2, "linewidth": 0}
+            panel.fill_between(epochs, values.amin(0), values.amax(0), **band)
+            print(f"{title}: {name} {values[:, 0].mean():.2f} to {values[:, -1].mean():.2f}")
         panel.set(title=title, xlabel="epoch", xlim=(0, epochs[-1]))
     parts[0].set_ylabel("mean reward r_θ")
     parts[0].legend(frameon=False)
@@ -88,30 +108,48 @@ def rewards():
     save(figure, "rewards")
 
 
-# ---- share.svg: acceptable answers against the share of kinds that have demonstrations ----
+# ---- share.svg and negatives.svg: acceptable answers, of what results.jsonl has ----
 
 
-def share(rows, seeds):
-    """Draws what run.py share has measured."""
-    rows = rows | {"point-wise DPO, 0 %": rows["ULMA, 0 %"]}  # the same, without a label 1
+def share(seeds):
+    """Acceptable answers against the share of kinds of request with demonstrations."""
+    done = tables.make("share", seeds)
     figure, parts = panels(1, 2, size=(8.5, 3.2))
-    for panel, title in zip(parts, ("all requests", "requests without demonstrations")):
-        key = "exact_match" if title == "all requests" else "undemonstrated"
+    titles = {"all": "all requests", "undemonstrated": "requests without demonstrations"}
+    for panel, (column, title) in zip(parts, titles.items()):
         for name in [*COLOURS, "KTO"]:
-            points = []
-            for x in (0, 25, 50, 75, 100):
-                flags = rows.get(f"{name}, {x} %")
-                if flags and (x < 100 or key == "exact_match"):
-                    values = [measured((flags, seed, False))[key] for seed in range(seeds)]
-                    points.append((x, ulma.mean(values), error(values)))
-            style = {"marker": "o", "markersize": 4, "color": COLOURS.get(name, "tab:green")}
-            panel.errorbar(*zip(*points), label=name, **style)
+            places, values = [], []
+            for block, rows in tables.TABLES["share"].items():
+                given = "ULMA" if name == "point-wise DPO" and block == "0 %" else name
+                runs = tables.runs_of(rows[given], seeds) if given in rows else []
+                found = [done[run][column] for run in runs]
+                if found and None not in found:
+                    places.append(int(block.split()[0]))
+                    values.append(found)
+            draw_means(panel, places, values, label=name, color=COLOURS.get(name, "tab:green"))
         panel.set(title=title, xlabel="kinds of request with demonstrations, %")
         panel.set(xticks=(0, 25, 50, 75, 100), xlim=(-5, 105))
     parts[0].set_ylabel("acceptable answers, %")
     parts[0].legend(frameon=False)
     parts[1].sharey(parts[0])
     save(figure, "share")
+
+
+def negatives(seeds):
+    """Acceptable answers against the number of thumbs-down."""
+    done = tables.make("negatives", seeds)
+    rows = {name: flags for name, flags in tables.TABLES["negatives"][""].items() if name.isdigit()}
+    figure, panel = panels(size=(5.5, 3.2))
+    for column, colour in (("demonstrated", "tab:blue"), ("undemonstrated", "tab:orange")):
+        values = [
+            [done[run][column] for run in tables.runs_of(flags, seeds)] for flags in rows.values()
+        ]
+        label = "with demonstrations" if column == "demonstrated" else "without"
+        draw_means(panel, range(len(rows)), values, label=f"kinds {label}", color=colour)
+    panel.set(xlabel="thumbs-down beside 160 demonstrations", ylabel="acceptable answers, %")
+    panel.set_xticks(range(len(rows)), rows)
+    panel.legend(frameon=False)
+    save(figure, "negatives")
 
 
 # ---- optimum.svg: where each loss converges, over six responses to one prompt ----

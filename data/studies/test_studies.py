@@ -12,10 +12,15 @@ import re
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read at import, and these tests may come first
-import demonstrations
+import law
+import losses
 import pytest
-import real
+import real_demonstrations
+import real_model
+import records
 import run
+import runs
+import tables
 import torch
 
 import ulma
@@ -24,7 +29,7 @@ from ulma import Row, pointwise_dpo_loss, prior_log_z, ulma_loss
 torch.manual_seed(0)
 BETA, LOGPS, REF_LOGPS = 0.3, torch.randn(50).double() - 9, torch.randn(50).double() - 9
 RATIOS, ONE, ZERO = LOGPS - REF_LOGPS, torch.ones(50), torch.zeros(50)
-ROOT, HERE, make_data = ulma.HERE, Path(__file__).parent, run.make_data
+ROOT, HERE, make_data = ulma.HERE, Path(__file__).parent, records.make_data
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "data").rglob("*.md"))]
 
@@ -71,144 +76,116 @@ def test_nft_has_ulmas_numerator_on_thumbs_down_and_is_equal_where_the_ratio_is_
     assert nfts[2].item() == pytest.approx(share / (1 - share))
 
 
-def test_kto_is_one_minus_the_probability_of_the_label_and_has_the_weight_that_is_told(monkeypatch):
-    logps = LOGPS.float().requires_grad_()
-    monkeypatch.setattr(ulma, "row_logps", lambda *given: logps)
-    labels = (torch.arange(50) % 2).float()
-    rows = [
-        Row("x", ZERO, ZERO, label, 5.0 if label else 1.0, ref_logp=ref)
-        for label, ref in zip(labels.tolist(), REF_LOGPS.tolist())
-    ]
-    args = ulma.read_options(["--beta", str(BETA)])
-    losses, rewards = run.kto_losses(None, rows, args)
-    weights = 1 + 4 * labels
-    expected = 1 - (-pointwise_dpo_loss(logps, REF_LOGPS.float(), labels, BETA)).exp()
-    torch.testing.assert_close(losses, weights * expected)
-    [gradient] = torch.autograd.grad(losses.sum(), logps, retain_graph=True)
-    torch.testing.assert_close(-gradient, weights * run.weights_of(rewards, labels, args, "kto"))
-    more, _ = run.kto_losses(None, rows, args, sft=1.0)
-    torch.testing.assert_close(more - losses, -weights * labels * logps)
+@pytest.fixture
+def gradient_of(monkeypatch):
+    """gradient_of(flags): losses of fifty rows, each label 25 times, and −∇ of them by log π."""
+
+    def gradient_of(flags, log_z=0.5):
+        logps = LOGPS.float().requires_grad_()
+        monkeypatch.setattr(ulma, "row_logps", lambda *given: logps)
+        rows = [
+            Row(f"prompt {i % 25}", ZERO, ZERO, float(i < 25), 1 + 2 * (i % 2), ref_logp=ref)
+            for i, ref in enumerate(REF_LOGPS.tolist())
+        ]
+        own, argv = losses.parse_flags(f"--beta {BETA} {flags}")
+        args = ulma.read_options([*argv, "--log-z", str(log_z)])
+        losses_of = losses.Losses(own, rows)
+        found, rewards = losses_of(None, list(losses_of.rejected_of) or rows, args)
+        [gradient] = torch.autograd.grad(found.sum(), logps)
+        return found.detach(), rewards, -gradient, losses_of
+
+    return gradient_of
 
 
-@pytest.mark.parametrize("flags", ["ulma", "pointwise-dpo", "sft", "ulma --continuous"])
-def test_the_weights_of_a_table_are_those_of_the_gradient(flags, monkeypatch):
-    logps, labels = LOGPS.float().requires_grad_(), [1.0, 0.0] * 25
-    monkeypatch.setattr(ulma, "row_logps", lambda *given: logps)
-    rows = [Row("x", ZERO, ZERO, z, 1.0, ref_logp=r) for z, r in zip(labels, REF_LOGPS.tolist())]
-    args = ulma.read_options(f"--beta {BETA} --log-z 0.5 --method {flags}".split())
-    if args.method == "sft":
-        labels = [1.0] * 50
-    losses, rewards = ulma.batch_losses(None, rows, args)
-    [gradient] = torch.autograd.grad(losses.sum(), logps)
-    weights = run.weights_of(rewards, torch.tensor(labels), args, "")
-    torch.testing.assert_close(-gradient, weights)
+LABELS = (torch.arange(50) < 25).float()
+WEIGHTS = 1 + 2.0 * (torch.arange(50) % 2)
+FLAGS = ["", "--method pointwise-dpo", "--method sft", "--continuous", "--loss kto"]
+FLAGS += ["--loss kto-sft", "--loss dpo", "--loss shuffled --method pointwise-dpo"]
+FLAGS += ["--loss constant-push", "--z mean", "--z midpoint --method pointwise-dpo"]
 
 
-def test_pairwise_dpo_takes_each_chosen_row_with_its_rejected_one(monkeypatch):
-    logps = LOGPS.float().requires_grad_()
-    labels, ref_logps = [1.0] * 25 + [0.0] * 25, REF_LOGPS.float()
-    rows = [
-        Row(f"prompt {i % 25}", ZERO, ZERO, label, 1.0, ref_logp=ref)
-        for i, (label, ref) in enumerate(zip(labels, ref_logps.tolist()))
-    ]
-    order = []
+@pytest.mark.parametrize("flags", FLAGS)
+def test_the_weights_that_are_kept_are_those_of_the_gradient(flags, gradient_of):
+    _, _, gradient, losses_of = gradient_of(flags)
+    kept = torch.tensor([weight for _, weight, _ in losses_of.seen])
+    if flags == "--loss dpo":  # a pair has the mean weight of its two rows
+        gradient = gradient * WEIGHTS / ((WEIGHTS[:25] + WEIGHTS[25:]) / 2).repeat(2)
+    if flags == "--method sft":  # it is given rows of label 1 alone
+        gradient, kept = gradient[:25], kept[:25]
+    torch.testing.assert_close(gradient, kept)
 
-    def row_logps(model, given, args):
-        order.extend(row.prompt for row in given)
-        return logps
 
-    monkeypatch.setattr(ulma, "row_logps", row_logps)
-    args = ulma.read_options(["--beta", str(BETA)])
-    rejected_of = run.pairs_of(rows)
-    losses, rewards = run.dpo_losses(None, list(rejected_of), args, rejected_of)
-    assert order == [row.prompt for row in rows]
-    expected = ulma.dpo_loss(logps[:25], logps[25:], ref_logps[:25], ref_logps[25:], BETA)
-    torch.testing.assert_close(losses, expected)
-    torch.testing.assert_close(rewards, (BETA * (logps - ref_logps)).detach())
-    [gradient] = torch.autograd.grad(losses.sum(), logps)
-    weights = run.weights_of(rewards, torch.tensor(labels), args, "dpo")
-    torch.testing.assert_close(-gradient, weights)
+@pytest.mark.parametrize("flags", ["", "--method pointwise-dpo", "--continuous", "--method sft"])
+def test_without_flags_of_the_studies_the_losses_are_those_of_ulma(flags, gradient_of):
+    found, rewards, _, losses_of = gradient_of(flags)
+    args = ulma.read_options(f"--beta {BETA} --log-z 0.5 {flags}".split())
+    rows = [row for row, _, _ in losses_of.seen]
+    expected, expected_rewards = ulma.batch_losses(None, rows, args)
+    torch.testing.assert_close(found, expected.detach())
+    torch.testing.assert_close(rewards, expected_rewards)
+
+
+def test_kto_is_one_minus_the_probability_of_the_label(gradient_of):
+    found, _, _, _ = gradient_of("--loss kto")
+    likelihood = (-pointwise_dpo_loss(LOGPS.float(), REF_LOGPS.float(), LABELS, BETA)).exp()
+    torch.testing.assert_close(found, WEIGHTS * (1 - likelihood))
+    more, _, _, _ = gradient_of("--loss kto-sft")
+    torch.testing.assert_close(more - found, -WEIGHTS * LABELS * LOGPS.float())
+
+
+def test_pairwise_dpo_takes_each_chosen_row_with_its_rejected_one(gradient_of):
+    found, _, _, _ = gradient_of("--loss dpo")
+    halves = [logps.float()[part] for logps in (LOGPS, REF_LOGPS) for part in HALVES]
+    weights = (WEIGHTS[:25] + WEIGHTS[25:]) / 2
+    torch.testing.assert_close(found, weights * ulma.dpo_loss(*halves, BETA))
+
+
+HALVES = slice(0, 25), slice(25, 50)
+
+
+def test_a_shuffled_brake_gives_demonstrations_weights_of_other_demonstrations(gradient_of):
+    *_, braked = gradient_of("--method pointwise-dpo")
+    *_, shuffled = gradient_of("--loss shuffled --method pointwise-dpo")
+    braked, shuffled = (
+        torch.tensor([weight / row.weight for row, weight, _ in kept.seen])
+        for kept in (braked, shuffled)
+    )
+    torch.testing.assert_close(shuffled[25:], braked[25:])
+    assert not torch.allclose(shuffled[:25], braked[:25])
+    known = (shuffled[:25, None] - braked[None, :25]).abs().amin(1)
+    assert known.max() < 1e-6
+
+
+def test_an_unbraked_push_stays_what_it_is_where_the_policy_is_the_reference(gradient_of):
+    *_, losses_of = gradient_of("--loss constant-push")
+    at_first = -BETA * torch.tensor(BETA * 0.5).sigmoid().item()
+    weights = [weight / row.weight for row, weight, _ in losses_of.seen]
+    assert weights[:25] == [1.0] * 25
+    assert weights[25:] == pytest.approx([at_first] * 25)
+
+
+def test_bco_s_log_z_is_the_midpoint_of_the_classes_or_the_mean_of_all_rows(gradient_of):
+    *_, losses_of = gradient_of("--z mean")
+    args = ulma.read_options(["--log-z", "7"])
+    ratios = RATIOS.float()
+    assert losses_of.log_z([], args) == pytest.approx(-ratios.mean().item(), abs=1e-5)
+    del losses_of.seen[30:]  # all of label 1, and five of label 0
+    losses_of.own.z = "midpoint"
+    midpoint = (ratios[:25].mean() + ratios[25:30].mean()) / 2
+    assert losses_of.log_z([], args) == pytest.approx(-midpoint.item(), abs=1e-5)
+    losses_of.seen = []
+    assert losses_of.log_z([], args) == 7
 
 
 def test_every_good_and_bad_row_of_one_prompt_are_a_pair():
     names = "good 1, good 1, bad 1, bad 1, bad 1, good 2, bad 2, good 3, bad 4".split(", ")
     rows = [Row(name[-1], ZERO, ZERO, float("good" in name)) for name in names]
-    rejected_of = run.pairs_of(rows)
+    rejected_of = losses.pairs_of(rows)
     assert len(rejected_of) == 2 * 3 + 1
     assert len({id(chosen) for chosen in rejected_of}) == 7
     for chosen, rejected in rejected_of.items():
         assert chosen.prompt == rejected.prompt
         assert (chosen.label, rejected.label) == (1, 0)
-
-
-# ---- The studies ----
-
-
-def test_the_true_log_z_is_that_of_the_draws(monkeypatch):
-    scores = [1.0] * 16 + [0.4] * 48
-    monkeypatch.setattr(run, "draws", lambda kind: {"x": scores})
-    true_log_z = run.true_log_z.__wrapped__
-    exact = math.log(0.25 * math.exp(2) + 0.75 * math.exp(0.8))
-    assert true_log_z("", "x", 0.5, True) == pytest.approx(exact, abs=1e-5)
-    best, mean = 1.0, 0.55  # reward in reach, to which β log Z tends as β falls, and as it grows
-    assert true_log_z("", "x", 1e-3, True) * 1e-3 == pytest.approx(best, abs=0.01)
-    assert true_log_z("", "x", 1e3, True) * 1e3 == pytest.approx(mean, abs=0.01)
-    assert true_log_z("", "x", 0.5, False) * 0.5 == pytest.approx(math.log(16.5 / 48.5), abs=1e-5)
-
-
-@pytest.mark.parametrize(
-    "flags, positive",
-    [
-        ("--log-z 0", 0.5),
-        ("--z true", 0.25),
-        ("--z running", 0.5),
-        ("--up 3 --log-z 0", 1.5),
-        ("--loss kto", 0.25),
-        ("--loss kto-sft", 1.25),
-        ("--loss dpo", 0.5),
-        ("--average --log-z 0", 0.5),
-    ],
-)
-def test_a_run_is_trained_as_its_flags_say_and_its_weights_kept(
-    flags, positive, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(run, "RUNS", tmp_path)
-    monkeypatch.setattr(run, "true_log_z", lambda kind, prompt, beta, graded: math.log(3) / beta)
-    monkeypatch.setattr(ulma, "SAMPLES", 1)
-    rows = make_data.read(run.make_rows("fair", True) / "train.jsonl")
-    assert {row["score"] for row in rows if row["label"]} == {1.0}
-    good = [row for row in rows if row["label"]][:8]
-    asked = [row["prompt"] for row in good]
-    bad = [row for row in rows if not row["label"] and row["prompt"] in asked]
-    assert len(bad) == 8
-    make_data.write(tmp_path / "rows" / "fair-validation" / "train.jsonl", good + bad)
-    common = "--method pointwise-dpo --rows fair --epochs 1 --learning-rate 1e-6 --beta 1"
-    one = f"{common} {flags}", 0, True
-    run.execute(one)
-    results = json.loads((run.folder_of(*one) / "metrics.json").read_text())
-    [[weight, ratio]] = results["classes"]["label 1, acceptable, demonstrated"]
-    assert weight == pytest.approx(positive, abs=1e-3) and abs(ratio) < 1e-3
-    assert 0 < run.measured(one)["exact_match"] < 100
-    mean_score, *shares = run.kinds(one).values()
-    assert 0 < mean_score < 100 and sum(shares) == pytest.approx(100)
-
-
-def test_a_sweep_chooses_the_best_cell_and_prints_the_grid(monkeypatch, capsys):
-    monkeypatch.setattr(run, "perform", lambda runs, title: None)
-    monkeypatch.setattr(run, "measured", lambda one: {"exact_match": 10.0 * ("3e-5" in one[0])})
-    best = run.sweep("noise", {"SFT": "--method sft --learning-rate 1e-3"})
-    assert best == {"SFT": "--method sft --learning-rate 3e-5"}
-    assert "10.0 | 0.0 | 0.0" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("table", run.TABLES)
-def test_every_table_has_flags_that_are_read_and_folders_of_their_own(table):
-    folders = set()
-    for flags in run.TABLES[table].values():
-        _, argv = run.read_flags(flags)
-        ulma.read_options(argv)
-        folders.add(run.folder_of(flags, 0, False))
-    assert len(folders) == len(run.TABLES[table])
 
 
 @pytest.mark.parametrize(
@@ -226,10 +203,175 @@ def test_of_a_rejected_response_the_tokens_count_that_the_edit_removed(rejected,
         return Row("10 11", ids, torch.arange(len(ids)) > 1, label)
 
     first, second = row(chosen, 1.0), row(rejected, 0.0)
-    kept = run.only_edits([first, second])
+    kept = losses.only_edits([first, second])
     assert kept == ([first, second] if rated else [first])
     assert first.response_mask.tolist() == [False, False] + [True] * (len(chosen) + 1)
     assert second.input_ids[second.response_mask].tolist() == rated
+
+
+# ---- Runs and tables ----
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A run on sixteen rows and four prompts, so that it takes a second."""
+    whole = records.training_and_test
+
+    def few(*given):
+        train, asked = whole(*given)
+        good = [record for record in train if record["label"] == 1][:8]
+        prompts = [record["prompt"] for record in good]
+        bad = [record for record in train if record["label"] == 0]
+        bad = [record for record in bad if record["prompt"] in prompts] or bad[:8]
+        return good + bad, asked[:4] + asked[-4:]
+
+    monkeypatch.setattr(runs, "training_and_test", few)
+
+
+@pytest.mark.parametrize(
+    "flags, positive",
+    [
+        ("--log-z 0", 0.5),
+        ("--z midpoint --log-z 0", 0.5),
+        ("--up 3 --log-z 0", 1.5),
+        ("--loss kto", 0.25),
+        ("--loss kto-sft", 1.25),
+        ("--loss dpo", 0.5),
+        ("--average --log-z 0", 0.5),
+        ("--loss constant-push --log-z 0", 0.5),
+    ],
+)
+def test_a_run_is_trained_as_its_flags_say(flags, positive, small):
+    common = "--method pointwise-dpo --epochs 1 --learning-rate 1e-6 --beta 1"
+    figures = runs.execute((f"{common} {flags}", 0, False))
+    first, last, ratio = figures["classes"]["label 1, acceptable, demonstrated"]
+    assert first == last == pytest.approx(positive, abs=1e-3) and abs(ratio) < 1e-3
+    assert 0 < figures["all"] < 100
+
+
+def test_the_true_log_z_makes_sigma_the_probability_of_an_acceptable_answer(small, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        runs, "Losses", lambda *given: seen.append(losses.Losses(*given)) or seen[0]
+    )
+    flags = "--method pointwise-dpo --epochs 1 --learning-rate 1e-9 --beta 2 --z true"
+    runs.execute((flags, 0, False))
+    for row, weight, _ in seen[0].seen:
+        assert 0 < row.acceptance < 1
+        assert weight == pytest.approx(2 * (row.label - row.acceptance), abs=1e-3)
+
+
+def test_the_probability_of_an_acceptable_answer_is_the_share_of_samples(monkeypatch):
+    asked = make_data.read(ROOT / "data/test.jsonl")[::96]
+    args = ulma.read_options(["--batch-size", "8"])
+    tokenizer = ulma.load_tokenizer(args.model)
+    model = ulma.load_model(args.model, tokenizer)
+    exact = runs.acceptance(model, tokenizer, asked, args)
+    monkeypatch.setattr(ulma, "SAMPLES", 200)
+    drawn = ulma.sample(model, tokenizer, records.rows_of(asked, args, tokenizer), args)
+    for record, share, samples in zip(asked, exact, drawn):
+        found = ulma.mean([f" {one.text}" in record["answers"] for one in samples])
+        assert found == pytest.approx(share, abs=0.14)  # four standard errors at most
+
+
+def test_a_seed_draws_its_own_rows_and_seed_0_has_those_of_data():
+    first, _ = records.training_and_test("data", 0, False)
+    assert first == make_data.read(ROOT / "data/train.jsonl")
+    other, _ = records.training_and_test("data", 1, False)
+    assert len(other) == len(first) and other != first
+    assert sum(record["label"] for record in other) == 160
+
+
+def test_what_is_stored_is_not_run_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "RESULTS", tmp_path / "results.jsonl")
+    asked = []
+
+    def in_processes(function, some, title):
+        asked.extend(some)
+        return [(run, {"all": 1.5}) for run in some]
+
+    monkeypatch.setattr(runs, "in_processes", in_processes)
+    for flags in ("--method sft --beta 3", "--beta 3 --method sft", "--method ulma --beta 3"):
+        done = runs.perform([(flags, 0, False)], "runs")
+        assert done["--beta 3 --method " + flags.split("method ")[1].split()[0], 0, False]
+    assert [flags for flags, _, _ in asked] == ["--beta 3 --method sft", "--beta 3 --method ulma"]
+
+
+def test_holm_multiplies_the_least_p_by_the_number_of_comparisons():
+    chances = {"a": 0.04, "b": 0.01, "c": 0.03, "d": 0.9}
+    assert tables.holm(chances) == pytest.approx({"a": 0.09, "b": 0.04, "c": 0.09, "d": 0.9})
+    assert [tables.verdict(p) for p in (0.09, 0.04, 1e-9)] == [
+        "no (p = 0.09)",
+        "yes (p = 0.04)",
+        "yes (p < 0.001)",
+    ]
+
+
+def test_the_p_of_a_difference_is_that_of_a_paired_t_test():
+    pytest.importorskip("scipy")
+    # t = 2.776 is the 97.5 % quantile with four degrees of freedom
+    centred = torch.tensor([-1.0, -0.5, 0.0, 0.5, 1.0]).double()
+    error = centred.std() / 5**0.5
+    assert tables.chance((centred + 2.776 * error).tolist()) == pytest.approx(0.05, abs=1e-4)
+
+
+def test_the_table_has_means_errors_and_differences_seed_by_seed(monkeypatch, capsys):
+    pytest.importorskip("scipy")
+    values = {"--method ulma": [80, 82, 84], "--method sft": [70, 73, 73]}
+    done = {
+        (flags, seed, False): {"all": value, "demonstrated": None}
+        for flags, some in values.items()
+        for seed, value in enumerate(some)
+    }
+    monkeypatch.setitem(tables.TABLES, "noise", {"": {"A": "--method ulma", "B": "--method sft"}})
+    monkeypatch.setitem(tables.SETTINGS_OF["noise"], "columns", ["all", "demonstrated"])
+    monkeypatch.setattr(tables, "make", lambda *given: done)
+    tables.print_results("noise", 3)
+    *_, first, second = capsys.readouterr().out.splitlines()
+    assert first == "| A | 82.0 ± 1.2 |  |  |  |"
+    assert second.startswith("| B | 72.0 ± 1.0 |  | −10.0 ± 0.6 | yes (p = ")
+
+
+def test_a_sweep_tries_every_setting_and_marks_the_best(monkeypatch, capsys):
+    monkeypatch.setattr(
+        tables,
+        "perform",
+        lambda some, title: {
+            run: {"all": 10.0 * ("3e-4" in run[0])} for run in map(runs.named, some)
+        },
+    )
+    monkeypatch.setitem(tables.TABLES, "methods", {"": {"SFT": "--method sft --learning-rate 1"}})
+    tables.sweep("methods", 1)
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert lines == [
+        "| SFT | 1e-4 | 0.0 |  |",
+        "| SFT | 3e-4 | 10.0 | best |",
+        "| SFT | 1e-3 | 0.0 |  |",
+    ]
+
+
+@pytest.mark.parametrize("table", tables.TABLES)
+def test_every_table_has_flags_that_are_read_and_rows_that_differ(table):
+    for rows in tables.TABLES[table].values():
+        for flags in rows.values():
+            own, argv = losses.parse_flags(flags)
+            ulma.read_options(argv)
+            name, _, value = own.records.partition("-")
+            assert f"    {name}" in records.__doc__
+        assert len({runs.named((flags, 0, False)) for flags in rows.values()}) == len(rows)
+
+
+def test_the_law_of_coverage_is_its_own_inverse():
+    assert law.after(73.0, 0.43) == pytest.approx(82.6, abs=0.1)
+    assert law.after(5.4, 0.43) == pytest.approx(9.1, abs=0.05)
+    for before, now in ((30.0, 60.0), (73.0, 82.5)):
+        assert law.after(before, law.coverage(before, now)) == pytest.approx(now)
+
+
+def test_the_share_of_mistakes_that_is_covered_is_one_of_the_bad_completions():
+    kinds = {"full": 40.0, "brief": 10.0, "rude": 20.0, "wrong thing": 10.0, "other": 20.0}
+    assert law.share_of(kinds, [("rude",)]) == pytest.approx(0.4)
+    assert law.share_of(kinds, [("over-refusal", "complies")]) == 0
 
 
 def test_the_frontier_measures_score_and_kl_of_the_responses(tmp_path):
@@ -240,7 +382,7 @@ def test_the_frontier_measures_score_and_kl_of_the_responses(tmp_path):
     make_data.write(tmp_path / "responses.jsonl", responses)
     metrics = {"after": {"perplexity": 7.0, "reward_auc": 0.9}}
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
-    figures = list(real.measured_in(tmp_path).values())
+    figures = list(real_model.measured_in(tmp_path).values())
     assert figures == pytest.approx([0.4, 1.0, 1.5, 50.0, 7.0, 0.9])
 
 
@@ -249,20 +391,21 @@ def test_the_table_of_real_demonstrations_has_the_best_beta_and_differences_from
 ):
     question = "demonstrated", "gcd", "2, 4?", "2"
     fakes = {"RUNS": tmp_path, "questions": lambda seed: [[question]] * 3, "SEEDS": range(2)}
-    for name in ("make_base", "perform", "in_processes", "likelihoods", "picture"):
+    for name in ("make_base", "perform", "likelihoods", "picture"):
         fakes[name] = lambda *given: None
+    fakes["in_processes"] = lambda *given: []
     for name, fake in fakes.items():
-        monkeypatch.setattr(demonstrations, name, fake)
-    for (name, rows), (_, flags) in demonstrations.ROWS.items():
-        for beta in demonstrations.BETAS if flags.endswith("--beta") else [""]:
+        monkeypatch.setattr(real_demonstrations, name, fake)
+    for (name, rows), (_, flags) in real_demonstrations.ROWS.items():
+        for beta in real_demonstrations.BETAS if flags.endswith("--beta") else [""]:
             for seed in range(2):
                 exact = 20.0 + (name == "ULMA") * (5 + seed) + (beta == "1")
                 figures = {"validation exact": exact, "KL": 1.0, "tokens": 2, "ended": 1.0}
                 figures |= {"distinct": 0.5, "test exact": exact}
-                figures |= {f"test exact/{group}": exact for group in demonstrations.FAMILIES}
-                folder = demonstrations.folder_of((name, rows, beta, seed))
+                figures |= {f"test exact/{group}": exact for group in real_demonstrations.FAMILIES}
+                folder = real_demonstrations.folder_of((name, rows, beta, seed))
                 make_data.write(folder / "metrics.json", [figures])
-    demonstrations.real_demonstrations()
+    real_demonstrations.real_demonstrations()
     lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
     [ulma_line] = [line for line in lines if line[:2] == ["| ULMA", "own"]]
     assert ulma_line[2:5] == ["1", "26.5 ± 0.5", "6.5 ± 0.5"]
@@ -273,14 +416,8 @@ def test_the_table_of_real_demonstrations_has_the_best_beta_and_differences_from
 # ---- The rows ----
 
 
-@pytest.fixture
-def rows_of(tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "RUNS", tmp_path)
-
-    def rows_of(kind, split="train", validation=False):
-        return make_data.read(run.make_rows(kind, validation) / f"{split}.jsonl")
-
-    return rows_of
+def rows_of(kind, validation=False, seed=0):
+    return records.training_and_test(kind, seed, validation)[0]
 
 
 def acceptable(row):
@@ -302,10 +439,10 @@ def test_the_embedded_rows_are_what_their_script_writes(tmp_path, monkeypatch):
     assert {row["group"] for row in rows if row["label"]} == {"demonstrated"}
 
 
-def test_the_edits_are_of_thumbs_down_of_every_type_alike(rows_of):
+def test_the_edits_are_of_thumbs_down_of_every_type_alike():
     edits = rows_of("edits")
-    assert rows_of("edits", "test") == rows_of("embedded", "test")
-    rows = rows_of("embedded")
+    assert edits == make_data.read(ROOT / "data/edits/train.jsonl")
+    rows = rows_of("data")
     disliked = [(row["prompt"], row["completion"]) for row in rows if row["label"] == 0]
     assert len(edits) == 200
     assert all((edit["prompt"], edit["rejected"]) in disliked for edit in edits)
@@ -313,9 +450,8 @@ def test_the_edits_are_of_thumbs_down_of_every_type_alike(rows_of):
     assert {[edit["type"] for edit in edits].count(verb) for verb in make_data.VERBS} == {8, 9}
 
 
-def test_noise_makes_that_share_of_the_demonstrations_bad_and_nothing_else(rows_of):
-    assert rows_of("noise-0.2", "test") == rows_of("embedded", "test")
-    exact, noisy = rows_of("embedded"), rows_of("noise-0.2")
+def test_noise_makes_that_share_of_the_demonstrations_bad_and_nothing_else():
+    exact, noisy = rows_of("data"), rows_of("noise-0.2")
     changed = [(before, after) for before, after in zip(exact, noisy) if before != after]
     assert len(changed) == 32  # of 160
     for before, after in changed:
@@ -324,21 +460,53 @@ def test_noise_makes_that_share_of_the_demonstrations_bad_and_nothing_else(rows_
         assert after["completion"].strip() not in acceptable(after)
 
 
-def test_every_share_has_its_kinds_and_as_many_demonstrations_and_half_is_the_embedded_rows(
-    rows_of,
-):
-    assert rows_of("share-50") == rows_of("embedded")
+def test_every_share_has_its_kinds_and_as_many_demonstrations_and_half_is_the_embedded_rows():
+    assert rows_of("share-50") == rows_of("data")
     before = set()
     for percent in (0, 25, 50, 75, 100):
-        rows, kinds = rows_of(f"share-{percent}"), set(run.demonstrated(percent))
+        rows, kinds = rows_of(f"share-{percent}"), set(records.demonstrated(percent))
         assert {row["type"] for row in rows if row["label"]} == kinds
         assert sum(row["label"] for row in rows) == 160 * bool(kinds)
         assert before <= kinds and len(kinds) in (24 * percent // 100, 24 * percent // 100 + 1)
         before = kinds
 
 
-def test_the_spread_rows_have_labels_by_the_rule_and_shares_from_5_to_95_percent(rows_of):
-    rows, shares = rows_of("spread"), run.acceptance()
+def test_thumbs_down_are_as_many_as_asked_and_of_the_sorts_asked():
+    assert sum(row["label"] == 0 for row in rows_of("negatives-200")) == 200
+    known = []
+    for count in (1, 2, 3, 4):
+        sorts = records.sorts_of(5, count)
+        assert sorts[:-1] == known
+        known = sorts
+        kinds = {row["kind"] for row in rows_of(f"mistakes-{count}", seed=5) if not row["label"]}
+        assert kinds == set(sum(sorts, ()))
+
+
+def test_own_responses_are_rated_by_the_rule_and_a_thumbs_up_gets_the_label_asked(monkeypatch):
+    asked = [row for row in rows_of("data") if not row["label"]]
+    good = [acceptable(row)[0] if i % 4 == 0 else "I see." for i, row in enumerate(asked)]
+    monkeypatch.setattr(records, "own_responses", lambda seed: good)
+    rows = {label: rows_of(f"own-{label}") for label in ("1", "0.99", "none")}
+    demonstrations = [row for row in rows_of("data") if row["label"]]
+    for label, up in (("1", 200), ("0.99", 200), ("none", 0)):
+        own = [row for row in rows[label] if row not in demonstrations]
+        assert [len(rows[label]), len(own)] == [160 + 600 + up, 600 + up]
+        thumbs_up = [row for row in own if row["label"]]
+        assert len(thumbs_up) == up
+        assert {row["label"] for row in thumbs_up} == ({float(label)} if up else set())
+        assert all(row["completion"].strip() in acceptable(row) for row in thumbs_up)
+
+
+def test_labels_between_0_and_1_are_kept():
+    args = ulma.read_options([])
+    tokenizer = ulma.load_tokenizer(args.model)
+    given = [{"prompt": "A?", "completion": " B", "label": label} for label in (1, 0.99, 0)]
+    rows = records.rows_of([*given, {"prompt": "A?", "completion": " B"}], args, tokenizer)
+    assert [row.label for row in rows] == [1, 0.99, 0, 1]
+
+
+def test_the_spread_rows_have_labels_by_the_rule_and_shares_from_5_to_95_percent():
+    rows, shares = rows_of("spread"), records.acceptance()
     assert min(shares.values()) == 0.05 and max(shares.values()) == pytest.approx(0.95)
     found = {
         verb: [row["label"] for row in rows if make_data.verb_of(row) == verb] for verb in shares
@@ -419,4 +587,23 @@ def test_every_page_is_in_the_index_and_its_tables_exist():
         text = page.read_text(encoding="utf-8")
         assert page.name == "README.md" or f"({page.name})" in index
         for table in re.findall(r"data/studies/run.py ([a-z][a-z-]*)", text):
-            assert table in [*run.TABLES, *run.ELSEWHERE]
+            assert table in [*tables.TABLES, *run.OTHERS]
+
+
+@pytest.mark.parametrize("table", tables.TABLES)
+def test_the_pages_have_the_tables_that_the_command_prints(table, monkeypatch, capsys):
+    pytest.importorskip("scipy")
+
+    def only_stored(some, title):
+        done = runs.stored()
+        if not all(runs.named(run) in done for run in some):
+            pytest.skip("some of its runs are not in results.jsonl")
+        return done
+
+    monkeypatch.setattr(tables, "perform", only_stored)
+    for picture in ("share", "negatives"):
+        monkeypatch.setattr(run.figures, picture, lambda seeds: None)
+    run.main([table])
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    for printed in capsys.readouterr().out.strip().split("\n\n"):
+        assert printed in text

@@ -18,17 +18,11 @@ from pathlib import Path
 
 import torch
 from figures import panels, save
-from real import BASE, make_base, rows_of
-from run import (
-    DEVICE,
-    error,
-    in_processes,
-    make_data,
-    print_table,
-    read_flags,
-    shown,
-    train,
-)
+from losses import Losses, parse_flags
+from real_model import BASE, make_base
+from records import DEVICE, make_data, rows_of
+from runs import in_processes
+from tables import error, print_table, shown
 from transformers import AutoTokenizer
 
 import ulma
@@ -50,7 +44,7 @@ FAMILIES = {  # of reasoning-gym, and how they are made easy
 }
 TRAIN, VALIDATION, TEST, SAMPLED = 25, 20, 28, 6  # questions of a family; of the test's, sampled
 SEEDS = range(3)  # of questions, draws and training
-COMMON = "--bf16 true --batch-size 8 --max-length 160 --max-new-tokens 24"
+COMMON = "--bf16 --batch-size 8 --max-length 160 --max-new-tokens 24"
 BETAS = ["0.1", "1", "10", "1, λ 0.1"]  # the last with a tenth of the push on thumbs-down
 SFT, ULMA = "--method sft --epochs 6", "--method ulma --epochs 2 --beta"  # of as many steps
 POINTWISE, PAIRWISE = "--method pointwise-dpo --epochs 2 --beta", "--loss dpo --epochs 6 --beta"
@@ -166,7 +160,7 @@ def execute(run):
     paths = {"model": start_of(start, seed), "data": str(RUNS / f"rows/{rows_name}, {seed}")}
     given = {"learning_rate": 3e-4, "seed": seed}
     beta, _, push = beta.partition(", λ ")
-    own, argv = read_flags(f"{flags} {beta}")
+    own, argv = parse_flags(f"{flags} {beta}")
     args = options(argv, **paths, **given)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     rows = ulma.read_split(ulma.find_splits(args), "train", args, tokenizer)
@@ -177,7 +171,8 @@ def execute(run):
     model = ulma.load_model(args.model, tokenizer).to(DEVICE)
     ulma.set_reference(model, rows, args)
     model = with_adapters(model, args)
-    train(model, rows, args, own, out)
+    losses_of = Losses(own, rows)
+    ulma.train(model, list(losses_of.rejected_of) or rows, args, out, losses_of)
     model = model.merge_and_unload()
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
@@ -230,7 +225,8 @@ def measure(folder, args, tokenizer):
 def perform(runs, title):
     """Finish the runs, two at a time."""
     todo = [run for run in dict.fromkeys(runs) if not (folder_of(run) / "metrics.json").exists()]
-    in_processes(execute, todo, title)
+    for _ in in_processes(execute, todo, title):
+        pass
 
 
 def measured(cell, key):
@@ -267,7 +263,7 @@ def likelihoods():
             rows = rows_of([each for each in records if each["label"] == 0], args, tokenizer)
             line.append(f"{ulma.all_logps(model, rows, args, 'log π').mean().item():.1f}")
         lines.append(line)
-    print_table("", ["log π by", *(f"thumbs-down of {name}" for name in sources)], lines)
+    print_table(["log π by", *(f"thumbs-down of {name}" for name in sources)], lines)
 
 
 def picture(cells):
@@ -296,7 +292,8 @@ def real_demonstrations():
     perform([(*sft, seed) for seed in SEEDS], "SFT")
     sources = [(name, seed) for name in ("instruct", "SFT") for seed in SEEDS]
     todo = [(name, seed) for name, seed in sources if not (RUNS / f"rows/{name}, {seed}").exists()]
-    in_processes(draw, todo, "draws")
+    for _ in in_processes(draw, todo, "draws"):
+        pass
     perform([(*cell, beta, 0) for cell in ROWS for beta in betas_of(*cell)], "sweep")
     cells = [(*cell, best_of(*cell)) for cell in ROWS]
     perform([(*cell, seed) for cell in cells for seed in SEEDS], "seeds")
@@ -311,6 +308,7 @@ def real_demonstrations():
         line += [shown(measured(cell, f"test exact/{group}")) for group in FAMILIES]
         lines.append(line + [f"{ulma.mean(measured(cell, key)):.2f}" for key in rest])
     header = ["method", "rows", "β", "exact", "less SFT", "less ULMA, instruct", *FAMILIES, *rest]
-    print_table("Differences are from as many steps.\n", header, lines)
+    print("Differences are from as many steps.")
+    print_table(header, lines)
     likelihoods()
     picture(cells)

@@ -17,17 +17,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from run import (
-    DEVICE,
-    ROOT,
-    error,
-    in_processes,
-    make_data,
-    print_table,
-    read_flags,
-    shown,
-    train,
-)
+from figures import ROOT, panels, save
+from losses import Losses, parse_flags
+from records import DEVICE, make_data, rows_of
+from runs import in_processes
+from tables import error, print_table, shown
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import ulma
@@ -38,7 +32,7 @@ SYSTEM = "Answer in one short sentence."
 PROMPTS, TEST_PROMPTS, DRAWS = 128, 48, 6  # requests to train and to test on, and responses of each
 NEW_TOKENS = 40  # of a response; with its prompt it fits the length of a row
 LENGTHS = f"--max-length 128 --max-new-tokens {NEW_TOKENS}"
-COMMON = f"--model {BASE} --epochs 2 --learning-rate 1e-4 --bf16 true {LENGTHS}"
+COMMON = f"--model {BASE} --epochs 2 --learning-rate 1e-4 --bf16 {LENGTHS}"
 BETAS = ["0.03", "0.1", "0.3", "1"]
 # Where the best lay at an edge.
 FURTHER = {"ULMA": ["3"], "point-wise DPO": ["0.01"], "pair-wise DPO": ["0.01"]}
@@ -87,15 +81,6 @@ def requests(split, count):
         [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
         for text in random.Random(0).sample(texts, count)
     ]
-
-
-def rows_of(records, args, tokenizer):
-    """The rows that ulma.py makes of records."""
-    rows = []
-    for record in records:
-        found, _ = ulma.read_record({"label": 1, **record}, args, tokenizer)
-        rows += found
-    return rows
 
 
 def respond(folder, prompts, count, seed):
@@ -192,14 +177,15 @@ def execute(run):
     name, beta, seed = run
     out = folder_of(run)
     shutil.rmtree(out, ignore_errors=True)
-    own, argv = read_flags(f"{COMMON} {METHODS[name]} {beta} --seed {seed}")
+    own, argv = parse_flags(f"{COMMON} {METHODS[name]} {beta} --seed {seed}")
     args = ulma.read_options(argv)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     rows, test_rows = ulma.load_rows(args, tokenizer)
     rows = ulma.prepare(rows, args)
     model = ulma.load_model(args.model, tokenizer).to(DEVICE)
     ulma.set_reference(model, rows + test_rows, args)
-    train(model, rows, args, own, out)
+    losses_of = Losses(own, rows)
+    ulma.train(model, list(losses_of.rejected_of) or rows, args, out, losses_of)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     metrics, _ = ulma.evaluate(model, tokenizer, test_rows, args)
@@ -232,10 +218,7 @@ def draw(measured, base):
 
     With standard errors.
     """
-    from matplotlib import pyplot
-
-    pyplot.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "ulma", "font.size": 9}
-    figure, panel = pyplot.subplots(figsize=(6, 3.4), layout="constrained")
+    figure, panel = panels(size=(6, 3.4))
     panel.plot(0, base, "k*", label="before training")
     for name in METHODS:
         betas = [beta for other, beta in measured if other == name]
@@ -250,17 +233,18 @@ def draw(measured, base):
             panel.annotate(beta and f"β {beta}", point, **style)
     panel.set(xlabel="KL(π || π_ref), nats a response", ylabel="mean score", xlim=(-0.5, None))
     panel.legend(frameon=False, fontsize=8, loc="lower right")
-    figure.savefig(ROOT / "data/studies/frontier.svg", metadata={"Date": None})
+    save(figure, "frontier")
 
 
 def real_model():
     make_base("vaderSentiment", "matplotlib")
     if not (RUNS / "rows.json").exists():
         prompts = [requests("train", PROMPTS), requests("test", TEST_PROMPTS)]
-        make_rows(*in_processes(respond_before, prompts, "draws"))
+        make_rows(*(drawn for _, drawn in in_processes(respond_before, prompts, "draws")))
     runs = [(*cell, seed) for cell in cells() for seed in seeds(cell)]
     todo = [run for run in runs if not (folder_of(run) / "responses.jsonl").exists()]
-    in_processes(execute, todo)
+    for _ in in_processes(execute, todo, "runs"):
+        pass
     rows = json.loads((RUNS / "rows.json").read_text())
     print(f"{rows['rows']} rows of {rows['nats']:.0f} nats in the mean")
     print(f"a thumbs-up from {rows['threshold']:.2f}; score before {rows['score']:.3f}")
@@ -270,5 +254,5 @@ def real_model():
         values = measured[cell] = {key: [one[key] for one in found] for key in found[0]}
         others = [f"{ulma.mean(values[key]):#.3g}".rstrip(".") for key in list(values)[2:]]
         lines.append([*cell, shown(values["score"], 3), shown(values["KL"], 1), *others])
-    print_table("", ["method", "β", *found[0]], lines)
+    print_table(["method", "β", *found[0]], lines)
     draw(measured, rows["score"])

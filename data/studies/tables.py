@@ -1,0 +1,161 @@
+"""Tables in Markdown, of what runs.py has stored."""
+
+import configparser
+import itertools
+from pathlib import Path
+
+import torch
+from records import make_data
+from runs import named, perform, read_flags, write_flags
+
+import ulma
+
+COLUMNS = "all, demonstrated, undemonstrated, perplexity"
+SETTINGS = ("seeds", "all", "compared", "try", "columns")
+HEADERS = {
+    "all": "all requests",
+    "demonstrated": "kinds with demonstrations",
+    "undemonstrated": "kinds without",
+}
+
+
+def read_tables():
+    """{table: {block: {row: flags}}}, and {table: its settings}."""
+    parser = configparser.ConfigParser(delimiters=[":"], interpolation=None)
+    parser.optionxform = str  # keeps capitals
+    parser.read_string(Path(__file__).with_name("tables.ini").read_text(encoding="utf-8"))
+    tables, settings = {}, {}
+    for section in parser.sections():
+        table, _, block = section.partition(", ")
+        given = dict(parser[section])
+        common = given.get("all", "")
+        settings[table] = {
+            "seeds": int(given["seeds"]),
+            "compared": given.get("compared", "all"),
+            "columns": given.get("columns", COLUMNS).split(", "),
+            "try": given.get("try", ""),
+        }
+        rows = {name: flags for name, flags in given.items() if name not in SETTINGS}
+        rows = {name: f"{common} {flags}".strip() for name, flags in rows.items()}
+        tables.setdefault(table, {})[block] = rows
+    return tables, settings
+
+
+TABLES, SETTINGS_OF = read_tables()
+
+
+def runs_of(flags, seeds):
+    return [named((flags, seed, False)) for seed in range(seeds)]
+
+
+def make(table, seeds=None):
+    """Finish the runs of a table, seed by seed; returns {run: figures}."""
+    seeds = seeds or SETTINGS_OF[table]["seeds"]
+    rows = [flags for rows in TABLES[table].values() for flags in rows.values()]
+    return perform([(flags, seed, False) for seed in range(seeds) for flags in rows], table)
+
+
+def print_results(table, seeds=None):
+    """Means and standard errors, and differences from the first row of each block."""
+    done, settings = make(table, seeds), SETTINGS_OF[table]
+    seeds = seeds or settings["seeds"]
+    values, differences = {}, {}
+    for block, rows in TABLES[table].items():
+        for name, flags in rows.items():
+            found = [done[run] for run in runs_of(flags, seeds)]
+            for column in (*settings["columns"], settings["compared"]):
+                values[block, name, column] = [value_of(one, column) for one in found]
+        first, *others = rows
+        for name in others:
+            pairs = zip(*(values[block, row, settings["compared"]] for row in (name, first)))
+            differences[block, name] = [own - base for own, base in pairs]
+    chances = holm({key: chance(some) for key, some in differences.items()})
+    lines = []
+    for block, rows in TABLES[table].items():
+        for name in rows:
+            line = [f"{block}: {name}" if block else name]
+            for column in settings["columns"]:
+                digits = 3 if column == "perplexity" else 1
+                line.append(shown(values[block, name, column], digits))
+            if (block, name) in differences:
+                line.append(shown(differences[block, name], sign="+"))
+                line.append(verdict(chances[block, name]))
+            lines.append(line + [""] * (len(settings["columns"]) + 3 - len(line)))
+    header = [HEADERS.get(column, column) for column in settings["columns"]]
+    compared = HEADERS.get(settings["compared"], settings["compared"])
+    print_table(["", *header, f"difference, {compared}", "significant"], lines)
+
+
+def value_of(figures, column):
+    """A figure of a run, in %; "score" and the kinds are means over its samples."""
+    if column in figures:
+        return figures[column]
+    kinds = figures["kinds"].values()  # of as many prompts each
+    if column == "score":
+        totals = [sum(make_data.SCORES.get(kind, 0) * of[kind] for kind in of) for of in kinds]
+        return ulma.mean(totals)
+    return ulma.mean([of.get(column, 0.0) for of in kinds])
+
+
+def verdict(p):
+    """At 5 %, with p."""
+    word = "yes" if p < 0.05 else "no"
+    return f"{word} (p < 0.001)" if p < 0.001 else f"{word} (p = {p:.2g})"
+
+
+def sweep(table, seeds):
+    """Acceptable answers to validation prompts in %, with each setting tried for each row."""
+    tried = read_flags(SETTINGS_OF[table]["try"])
+    cells = {}  # {(row, setting): flags}
+    for rows in TABLES[table].values():
+        for name, flags in rows.items():
+            given = read_flags(flags)
+            own = {flag: values.split() for flag, values in tried.items() if flag in given}
+            for setting in itertools.product(*own.values()):
+                changed = given | dict(zip(own, setting))
+                cells[name, ", ".join(setting)] = write_flags(changed)
+    done = perform(
+        [(flags, seed, True) for seed in range(seeds) for flags in cells.values()], table
+    )
+    scores = {}
+    for cell, flags in cells.items():
+        scores[cell] = ulma.mean([done[named((flags, i, True))]["all"] for i in range(seeds)])
+    lines = []
+    for (name, setting), score in scores.items():
+        is_best = score == max(other for (row, _), other in scores.items() if row == name)
+        lines.append([name, setting, f"{score:.1f}", "best" if is_best else ""])
+    print_table(["method", ", ".join(tried), "acceptable", ""], lines)
+
+
+def shown(values, digits=1, sign=""):
+    """Mean ± standard error, or nothing where there are no values."""
+    if None in values:
+        return ""
+    mean = f"{ulma.mean(values):{sign}.{digits}f}".replace("-", "−")
+    return f"{mean} ± {error(values):.{digits}f}"
+
+
+def error(values):
+    """Standard error of the mean."""
+    return torch.tensor(values).double().std().item() / len(values) ** 0.5
+
+
+def chance(differences):
+    """p of a paired t-test: how often chance alone would make a difference as large."""
+    from scipy.stats import ttest_1samp
+
+    return ttest_1samp(differences, 0.0).pvalue
+
+
+def holm(chances):
+    """Holm's correction: p for each comparison, if all of a table are looked at."""
+    order = sorted(chances, key=chances.get)
+    corrected = [(len(order) - i) * chances[key] for i, key in enumerate(order)]
+    corrected = itertools.accumulate(corrected, max)
+    return {key: min(p, 1.0) for key, p in zip(order, corrected)}
+
+
+def print_table(header, rows):
+    print(f"| {' | '.join(header)} |\n|{' --- |' * len(header)}")
+    for row in rows:
+        print(f"| {' | '.join(row)} |")
