@@ -8,6 +8,7 @@ Kinds, and how they differ from the first one:
     mistakes-N      thumbs-down of N of the four sorts of mistakes; the seed draws which
     own-LABEL       the rated responses are the base model's own, and LABEL is that of a thumbs-up;
                     own-none leaves the thumbs-up out
+    noisy-LABEL     the same, but a fifth of these ratings, drawn by the seed, is wrong
     demonstrations  no thumbs-down
     pairs           only prompts with a demonstration and a thumbs-down
     noise-SHARE     this share of the demonstrations is bad responses
@@ -62,8 +63,8 @@ def training(name, value, seed, verbs):
     if name == "mistakes":
         return make_data.train_rows(rng, verbs, mistakes=sum(sorts_of(seed, int(value)), ()))
     train = make_data.train_rows(rng, verbs)
-    if name == "own":
-        return rated_by_the_rule(train, seed, value)
+    if name in ("own", "noisy"):
+        return with_own_responses(train, seed, value, 0.2 if name == "noisy" else 0.0)
     if name == "demonstrations":
         return [record for record in train if record["label"]]
     if name == "pairs":
@@ -89,17 +90,20 @@ def demonstrated(percent):
     return [verb for i, verb in enumerate(make_data.VERBS) if i % 4 in among]
 
 
-def rated_by_the_rule(train, seed, label):
-    """The thumbs-down of train become one response of the base model to each of their prompts."""
+def with_own_responses(train, seed, label, wrong):
+    """The thumbs-down of train become one response of the base model to each of their prompts.
+
+    They are rated by the rule, but for a share of wrong ratings.
+    """
     demonstrations = [record for record in train if record["label"]]
     asked = [record for record in train if not record["label"]]
-    rated = []
+    rated, rng = [], random.Random(f"wrong {seed}")
     for record, response in zip(asked, own_responses(seed), strict=True):
         kind = kind_of(record["prompt"], response)
-        is_good = kind in ("full", "brief")
-        if response and not (is_good and label == "none"):
-            made = {"completion": f" {response}", "kind": kind, "label": 0}
-            rated.append(record | made | ({"label": float(label)} if is_good else {}))
+        is_liked = (kind in ("full", "brief")) != (rng.random() < wrong)
+        if response and not (is_liked and label == "none"):
+            rating = float(label) if is_liked else 0
+            rated.append(record | {"completion": f" {response}", "kind": kind, "label": rating})
     mixed = demonstrations + rated
     random.Random(seed).shuffle(mixed)
     return mixed

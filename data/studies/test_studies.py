@@ -497,6 +497,16 @@ def test_own_responses_are_rated_by_the_rule_and_a_thumbs_up_gets_the_label_aske
         assert all(row["completion"].strip() in acceptable(row) for row in thumbs_up)
 
 
+def test_a_fifth_of_the_noisy_ratings_is_wrong(monkeypatch):
+    asked = [row for row in rows_of("data") if not row["label"]]
+    good = [acceptable(row)[0] if i % 4 == 0 else "I see." for i, row in enumerate(asked)]
+    monkeypatch.setattr(records, "own_responses", lambda seed: good)
+    rated = [row for row in rows_of("noisy-1") if row["kind"] in ("full", "other")]
+    own = [row for row in rated if row["completion"] == " I see."]
+    assert len(own) == 600
+    assert ulma.mean([row["label"] for row in own]) == pytest.approx(0.2, abs=0.06)
+
+
 def test_labels_between_0_and_1_are_kept():
     args = ulma.read_options([])
     tokenizer = ulma.load_tokenizer(args.model)

@@ -1,4 +1,4 @@
-"""The six exercises of data/lesson.md, to be filled in. Each is graded by the suite:
+"""The six exercises of the lesson, to be filled in. Each is graded by the tests:
 
     python -m pytest -q -k exercise_1
 
