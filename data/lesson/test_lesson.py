@@ -237,7 +237,7 @@ WRONG = [  # of an exercise: what is changed in the solutions, and a part of wha
     (exercise_3, "beta * log_z).sig", "log_z).sig", "thumbs-up"),
     (exercise_3, "(mean_label - sigma)", "(1 / 6 - sigma)", "mean"),
     (exercise_3, "return beta * (1 - sigma)", "return 0.1 * (1 - sigma)", "thumbs-up"),
-    (exercise_4, "rated * labels /", "ref * labels /", "sum"),
+    (exercise_4, "rated * labels /", "ref * labels /", "ends"),
     (
         exercise_4,
         "return rated * labels / (rated * labels)",

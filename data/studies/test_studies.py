@@ -9,6 +9,8 @@ import json
 import math
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read at import, and these tests may come first
@@ -356,8 +358,7 @@ def test_every_table_has_flags_that_are_read_and_rows_that_differ(table):
         for flags in rows.values():
             own, argv = losses.parse_flags(flags)
             ulma.read_options(argv)
-            name, _, value = own.records.partition("-")
-            assert f"    {name}" in records.__doc__
+            assert f"    {own.records.split('-')[0]}" in records.__doc__
         assert len({runs.named((flags, 0, False)) for flags in rows.values()}) == len(rows)
 
 
@@ -546,7 +547,7 @@ def test_by_hand_prints_what_stands_below_it():
     assert printed.getvalue() == texts[texts.index(by_hand) + 1]
 
 
-def test_a_chat_uis_thumbs_become_rows(tmp_path, monkeypatch, capsys):
+def test_a_chat_uis_thumbs_become_rows(tmp_path):
     messages = {
         name: {"role": role, "content": name.upper(), "parentId": parent}
         for name, role, parent in (
@@ -558,18 +559,22 @@ def test_a_chat_uis_thumbs_become_rows(tmp_path, monkeypatch, capsys):
         )
     }
     snapshot = {"chat": {"chat": {"history": {"messages": messages}}}}
-    rated = [
+    feedback = [
         {"data": {"rating": rating}, "meta": {"message_id": name}, "snapshot": snapshot}
-        for name, rating in (("a2", -1), ("a1", 1))
+        for name, rating in (("a2", -1), ("a1", 1), ("b2", 0))
     ]
-    monkeypatch.chdir(tmp_path)
-    Path("feedback.json").write_text(json.dumps(rated))
-    [snippet] = [text for kind, text in snippets(README) if "feedback.json" in text]
-    exec(snippet, {})
-    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [row["label"] for row in rows] == [0, 1]
-    texts = [[message["content"] for message in row["completion"]] for row in rows]
+    feedback.append(feedback[0] | {"snapshot": None})
+    (tmp_path / "feedback.json").write_text(json.dumps(feedback))
+    argv = [sys.executable, ROOT / "data/thumbs.py", tmp_path / "feedback.json"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True)
+    assert done.stderr == "2 rows; 2 left out\n"
+    (tmp_path / "ratings.jsonl").write_text(done.stdout)
+    args = ulma.read_options(["--data", str(tmp_path / "ratings.jsonl")])
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["label"] for row in found] == [0, 1]
+    texts = [[message["content"] for message in row["completion"]] for row in found]
     assert texts == [["Q1", "A1", "Q2", "A2"], ["Q1", "A1"]]
+    assert list(ulma.find_splits(args)) == ["train"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
