@@ -1,21 +1,20 @@
 """How far a law predicts what thumbs-down bring: the tables negatives and mistakes.
 
 Of the bad completions of a model a share c loses its probability, and all else grows in proportion.
-Then a share a of acceptable completions becomes a / (1 − c (1 − a)).
+Then a share a of acceptable completions becomes a / (1 − c (1 − a)). All shares but c are in %.
 """
-
-from collections import defaultdict
 
 import tables
 from records import MISTAKES, sorts_of
 
 import ulma
 
-SFT = tables.TABLES["negatives"][""]["0"]  # demonstrations alone: the model without thumbs-down
+NEGATIVES = tables.TABLES["negatives"][""]
+SFT = NEGATIVES["0"]  # trained on the demonstrations alone: the model without thumbs-down
 
 
 def after(before, coverage):
-    """The share of acceptable completions, in %, once a share of the bad ones is gone."""
+    """The share of acceptable completions, once a share of the bad ones is gone."""
     return before / (1 - coverage * (1 - before / 100))
 
 
@@ -25,51 +24,57 @@ def coverage(before, now):
 
 
 def print_law(table, seeds):
-    """What c is on rated prompts, what it predicts for fresh ones, and what was measured there.
+    """What c is on training prompts, what it predicts for new ones, and what was measured there.
 
-    In mistakes c is predicted: c with all sorts of mistakes, times the share that is covered.
+    In the table mistakes c is predicted, too: c with all sorts of mistakes, times the share that is
+    covered.
     """
-    done, lines = tables.make(table, seeds), []
-    done |= tables.make("negatives", seeds)
-    whole = tables.TABLES["negatives"][""]["800"]
+    done = tables.make("negatives", seeds) | tables.make(table, seeds)
+    lines = []
     for name, flags in tables.TABLES[table][""].items():
-        if flags == SFT or "untrained" in flags:
+        if flags == SFT or "--untrained" in flags:
             continue
-        found = defaultdict(list)
+        befores, shares, predicted, measured = [], [], [], []
         for seed in range(seeds):
-            sft, own, all_sorts = (
-                done[tables.named((given, seed, False))] for given in (SFT, flags, whole)
-            )
-            c = coverage(sft["rated"], own["rated"])
-            if table == "mistakes":
+            sft = done[tables.named((SFT, seed, False))]
+            own = done[tables.named((flags, seed, False))]
+            if table == "negatives":
+                share = coverage(sft["rated"], own["rated"])
+            else:
+                all_sorts = done[tables.named((NEGATIVES["800"], seed, False))]
                 covered = share_of(sft["kinds"]["undemonstrated"], sorts_of(seed, int(name[0])))
-                found["covered, %"].append(100 * covered)
-                c = covered * coverage(sft["rated"], all_sorts["rated"])
-            found["a"].append(sft["undemonstrated"])
-            found["c"].append(c)
-            found["predicted"].append(after(sft["undemonstrated"], c))
-            found["measured"].append(own["undemonstrated"])
-        errors = [a - b for a, b in zip(found["measured"], found["predicted"])]
-        found["measured − predicted"] = errors
-        line = [tables.shown(some, 2 if key == "c" else 1) for key, some in found.items()]
-        lines.append([name, *line])
+                share = covered * coverage(sft["rated"], all_sorts["rated"])
+            befores.append(sft["undemonstrated"])
+            shares.append(share)
+            predicted.append(after(sft["undemonstrated"], share))
+            measured.append(own["undemonstrated"])
+        differences = [a - b for a, b in zip(measured, predicted)]
+        line = [name, tables.shown(befores), tables.shown(shares, 2)]
+        line += [tables.shown(predicted), tables.shown(measured), tables.shown(differences, 1, "+")]
+        lines.append(line)
     print()
-    tables.print_table(["thumbs-down", *found], lines)
+    header = ["thumbs-down" if table == "negatives" else "sorts of mistakes", "a", "c"]
+    tables.print_table([*header, "predicted", "measured", "measured less predicted"], lines)
 
 
 def share_of(kinds, sorts):
     """The share of bad completions that are of these sorts of mistakes."""
     bad = sum(share for kind, share in kinds.items() if kind not in ("full", "brief"))
-    return sum(kinds.get(kind, 0.0) for kind in sum(sorts, ())) / bad
+    covered = sum(kinds.get(kind, 0.0) for sort in sorts for kind in sort)
+    return covered / bad
 
 
 def print_kinds(table, seeds):
-    """The completions of requests without demonstrations, by kind, in %."""
-    done, lines = tables.make(table, seeds), []
-    columns = ["full", "brief", *sum(MISTAKES, ()), "other"]
+    """The completions of requests without demonstrations, by kind."""
+    done = tables.make(table, seeds)
+    columns = ["full", "brief", *(kind for sort in MISTAKES for kind in sort), "other"]
+    lines = []
     for name, flags in tables.TABLES[table][""].items():
-        found = [done[run]["kinds"]["undemonstrated"] for run in tables.runs_of(flags, seeds)]
-        shares = [ulma.mean([one.get(kind, 0.0) for one in found]) for kind in columns]
-        lines.append([name, *(f"{share:.1f}" for share in shares)])
+        line = [name]
+        for kind in columns:
+            runs = tables.runs_of(flags, seeds)
+            shares = [done[run]["kinds"]["undemonstrated"].get(kind, 0.0) for run in runs]
+            line.append(f"{ulma.mean(shares):.1f}")
+        lines.append(line)
     print()
-    tables.print_table([table, *columns], lines)
+    tables.print_table(["thumbs-down", *columns], lines)

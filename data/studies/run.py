@@ -42,6 +42,7 @@ def main(argv=None):
     tables.print_results(options.table, seeds)
     if options.table in ("negatives", "mistakes"):
         law.print_law(options.table, seeds)
+    if options.table == "negatives":
         law.print_kinds(options.table, seeds)
     if options.table in ("share", "negatives"):
         getattr(figures, options.table)(seeds)

@@ -4,9 +4,9 @@
 
 The model is a Llama of 33 million untrained weights. Its vocabulary of 50,304 is that of small real
 models, for much of the time and the memory of training goes into the output head. The rows are
-those of data/, three to a row, which makes them about as long as those of HH-RLHF. Point-wise DPO is
-compared with the KTOTrainer and its loss apo_zero_unpaired, which does the same work: one pass for
-log π_ref, and one to train. Times are of these passes alone, without loading.
+those of data/, three to a row, which makes them about as long as those of HH-RLHF. Point-wise DPO
+is compared with the KTOTrainer and its loss apo_zero_unpaired, which does the same work: one pass
+for log π_ref, and one to train. Times are of these passes alone, without loading.
 """
 
 import json
