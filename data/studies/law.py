@@ -42,7 +42,7 @@ def print_law(table, seeds):
                 share = coverage(sft["rated"], own["rated"])
             else:
                 all_sorts = done[tables.named((NEGATIVES["800"], seed, False))]
-                covered = share_of(sft["kinds"]["undemonstrated"], sorts_of(seed, int(name[0])))
+                covered = share_of(sorts_of(seed, int(name[0])), sft["kinds"]["undemonstrated"])
                 share = covered * coverage(sft["rated"], all_sorts["rated"])
             befores.append(sft["undemonstrated"])
             shares.append(share)
@@ -57,11 +57,13 @@ def print_law(table, seeds):
     tables.print_table([*header, "predicted", "measured", "measured less predicted"], lines)
 
 
-def share_of(kinds, sorts):
-    """The share of bad completions that are of these sorts of mistakes."""
-    bad = sum(share for kind, share in kinds.items() if kind not in ("full", "brief"))
-    covered = sum(kinds.get(kind, 0.0) for sort in sorts for kind in sort)
-    return covered / bad
+def share_of(sorts, kinds):
+    """Of the completions that are one of the four sorts of mistakes, the share of these sorts."""
+
+    def total(some):
+        return sum(kinds.get(kind, 0.0) for sort in some for kind in sort)
+
+    return total(sorts) / total(MISTAKES)
 
 
 def print_kinds(table, seeds):

@@ -369,10 +369,11 @@ def test_the_law_of_coverage_is_its_own_inverse():
         assert law.after(before, law.coverage(before, now)) == pytest.approx(now)
 
 
-def test_the_share_of_mistakes_that_is_covered_is_one_of_the_bad_completions():
-    kinds = {"full": 40.0, "brief": 10.0, "rude": 20.0, "wrong thing": 10.0, "other": 20.0}
-    assert law.share_of(kinds, [("rude",)]) == pytest.approx(0.4)
-    assert law.share_of(kinds, [("over-refusal", "complies")]) == 0
+def test_the_share_of_mistakes_that_is_covered_is_one_of_the_four_sorts():
+    kinds = {"full": 40.0, "brief": 10.0, "rude": 20.0, "wrong thing": 5.0, "other": 25.0}
+    assert law.share_of([("rude",)], kinds) == pytest.approx(0.8)
+    assert law.share_of([("over-refusal", "complies")], kinds) == 0
+    assert law.share_of(records.MISTAKES, kinds) == 1
 
 
 def test_the_frontier_measures_score_and_kl_of_the_responses(tmp_path):
