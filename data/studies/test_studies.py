@@ -241,6 +241,7 @@ def small(monkeypatch):
         ("--loss dpo", 0.5),
         ("--average --log-z 0", 0.5),
         ("--loss constant-push --log-z 0", 0.5),
+        ("--sft 1 --log-z 0", 0.5),
     ],
 )
 def test_a_run_is_trained_as_its_flags_say(flags, positive, small):
@@ -249,6 +250,24 @@ def test_a_run_is_trained_as_its_flags_say(flags, positive, small):
     first, last, ratio = figures["classes"]["label 1, acceptable, demonstrated"]
     assert first == last == pytest.approx(positive, abs=1e-3) and abs(ratio) < 1e-3
     assert 0 < figures["all"] < 100
+
+
+def test_a_push_may_have_a_strength_of_its_own(small):
+    common = "--method ulma --epochs 1 --learning-rate 1e-6 --beta 1 --log-z 0"
+    figures = runs.execute((f"{common} --down 3", 0, False))
+    for name, (first, _, _) in figures["classes"].items():
+        assert first == pytest.approx(1.0 if name.startswith("label 1") else -1.5, abs=1e-3)
+
+
+def test_an_untrained_run_measures_the_base_model(small, monkeypatch):
+    monkeypatch.setattr(runs, "rated_prompts", lambda records, seed: records[:4])
+    flags = "--method ulma --untrained --learning-rate 1e-3 --kinds"
+    figures = runs.execute((flags, 0, False))
+    assert "classes" not in figures and figures["reward AUC"] == 0.5
+    assert 20 < figures["rated"] < 40 and set(figures["kinds"]) <= {
+        "demonstrated",
+        "undemonstrated",
+    }
 
 
 def test_the_true_log_z_makes_sigma_the_probability_of_an_acceptable_answer(small, monkeypatch):
