@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from figures import ROOT, panels, save
 from losses import Losses, parse_flags
-from records import DEVICE, make_data, rows_of
+from records import DEVICE, make_data, rows_of, samples_of
 from runs import in_processes
 from tables import error, print_table, shown
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
@@ -95,8 +95,7 @@ def respond(folder, prompts, count, seed):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = ulma.load_model(folder, tokenizer).to(DEVICE)
     rows = rows_of([{"prompt": prompt, "completion": "-"} for prompt in prompts], args, tokenizer)
-    ulma.SAMPLES = count
-    drawn = ulma.sample(model, tokenizer, rows, args)
+    drawn = samples_of(model, tokenizer, rows, args, count)
     rater = SentimentIntensityAnalyzer()
     found = []
     for prompt, samples in zip(prompts, drawn, strict=True):

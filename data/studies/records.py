@@ -117,9 +117,18 @@ def own_responses(seed):
     args = ulma.read_options(["--batch-size", "64", "--seed", str(seed)])
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = ulma.load_model(args.model, tokenizer).to(DEVICE)
-    ulma.SAMPLES = 1
-    samples = ulma.sample(model, tokenizer, rows_of(asked, args, tokenizer), args)
+    samples = samples_of(model, tokenizer, rows_of(asked, args, tokenizer), args, 1)
     return [one.text for [one] in samples]
+
+
+def samples_of(model, tokenizer, rows, args, count):
+    """ulma.sample, with this many samples of each prompt."""
+    usual = ulma.SAMPLES
+    ulma.SAMPLES = count
+    try:
+        return ulma.sample(model, tokenizer, rows, args)
+    finally:
+        ulma.SAMPLES = usual
 
 
 def rows_of(records, args, tokenizer):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from losses import Losses, only_edits, parse_flags
-from records import DEVICE, base_of, kind_of, make_data, rows_of, training_and_test
+from records import DEVICE, base_of, kind_of, make_data, rows_of, samples_of, training_and_test
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
@@ -179,9 +179,8 @@ def acceptance(model, tokenizer, records, args):
 
 def kinds(model, tokenizer, asked, args):
     """{group: {kind of completion: its share of the samples, in %}}: one sample of a prompt."""
-    ulma.SAMPLES = 1
     args = replace(args, batch_size=120)
-    drawn = ulma.sample(model, tokenizer, rows_of(asked, args, tokenizer), args)
+    drawn = samples_of(model, tokenizer, rows_of(asked, args, tokenizer), args, 1)
     found = defaultdict(list)
     for record, [sample] in zip(asked, drawn):
         found[record["group"]].append(kind_of(record["prompt"], sample.text))
