@@ -66,12 +66,12 @@ def share_of(sorts, kinds):
     return total(sorts) / total(MISTAKES)
 
 
-def print_kinds(table, seeds):
-    """The completions of requests without demonstrations, by kind."""
-    done = tables.make(table, seeds)
+def print_kinds(seeds):
+    """The completions of requests without demonstrations, by kind, in the table negatives."""
+    done = tables.make("negatives", seeds)
     columns = ["full", "brief", *(kind for sort in MISTAKES for kind in sort), "other"]
     lines = []
-    for name, flags in tables.TABLES[table][""].items():
+    for name, flags in NEGATIVES.items():
         line = [name]
         for kind in columns:
             runs = tables.runs_of(flags, seeds)

@@ -1,19 +1,17 @@
-"""Losses of rivals, and of controls: functions with the arguments and results of ulma.batch_losses.
+"""Losses of rivals, and of controls, with the arguments and results of ulma.batch_losses.
 
 The flags below go beside those of ulma.py.
 """
 
 import argparse
 import random
-import sys
 from collections import defaultdict
 from dataclasses import replace
 from difflib import SequenceMatcher
-from pathlib import Path
 
 import torch
+from records import DEVICE
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import ulma
 
 LOSSES = {
@@ -113,7 +111,7 @@ class Losses:
         if self.own.loss.startswith("kto"):
             return 0.0
         if self.own.z == "true":
-            shares = torch.tensor([row.acceptance for row in rows])
+            shares = torch.tensor([row.acceptance for row in rows], device=DEVICE)
             return shares.logit() / args.beta
         if not self.own.z or not self.seen:
             return args.log_z

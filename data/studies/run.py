@@ -43,7 +43,7 @@ def main(argv=None):
     if options.table in ("negatives", "mistakes"):
         law.print_law(options.table, seeds)
     if options.table == "negatives":
-        law.print_kinds(options.table, seeds)
+        law.print_kinds(seeds)
     if options.table in ("share", "negatives"):
         getattr(figures, options.table)(seeds)
 

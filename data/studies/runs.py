@@ -200,11 +200,10 @@ def classes(seen, epochs, tokenizer):
         found[f"label {row.label:g}, {kind}, {row.group or 'all'}"].append((weight, ratio))
     means = {}
     for name, pairs in found.items():
-        first, *_, last = [None, *ulma.chunks(pairs, len(pairs) // epochs)]
-        first = pairs[: len(pairs) // epochs]
-        weights, ratios = zip(*last)
-        before, _ = zip(*first)
-        means[name] = [ulma.mean(values) for values in (before, weights, ratios)]
+        size = len(pairs) // epochs  # the rows of an epoch
+        first_weights, _ = zip(*pairs[:size])
+        last_weights, last_ratios = zip(*pairs[-size:])
+        means[name] = [ulma.mean(some) for some in (first_weights, last_weights, last_ratios)]
     return means
 
 

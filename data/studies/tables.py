@@ -16,6 +16,7 @@ HEADERS = {
     "all": "all requests",
     "demonstrated": "kinds with demonstrations",
     "undemonstrated": "kinds without",
+    "weight": "last weight of a demonstration",
 }
 
 
@@ -48,17 +49,15 @@ def runs_of(flags, seeds):
     return [named((flags, seed, False)) for seed in range(seeds)]
 
 
-def make(table, seeds=None):
+def make(table, seeds):
     """Finish the runs of a table, seed by seed; returns {run: figures}."""
-    seeds = seeds or SETTINGS_OF[table]["seeds"]
     rows = [flags for rows in TABLES[table].values() for flags in rows.values()]
     return perform([(flags, seed, False) for seed in range(seeds) for flags in rows], table)
 
 
-def print_results(table, seeds=None):
+def print_results(table, seeds):
     """Means and standard errors, and differences from the first row of each block."""
     done, settings = make(table, seeds), SETTINGS_OF[table]
-    seeds = seeds or settings["seeds"]
     values, differences = {}, {}
     for block, rows in TABLES[table].items():
         for name, flags in rows.items():
@@ -75,7 +74,7 @@ def print_results(table, seeds=None):
         for name in rows:
             line = [f"{block}: {name}" if block else name]
             for column in settings["columns"]:
-                digits = 3 if column == "perplexity" else 1
+                digits = {"perplexity": 3, "weight": 2}.get(column, 1)
                 line.append(shown(values[block, name, column], digits))
             if (block, name) in differences:
                 line.append(shown(differences[block, name], sign="+"))
@@ -90,6 +89,8 @@ def value_of(figures, column):
     """A figure of a run, in %; "score" and the kinds are means over its samples."""
     if column in figures:
         return figures[column]
+    if column == "weight":  # in the mean of the last epoch
+        return figures["classes"]["label 1, acceptable, demonstrated"][1]
     kinds = figures["kinds"].values()  # of as many prompts each
     if column == "score":
         totals = [sum(make_data.SCORES.get(kind, 0) * of[kind] for kind in of) for of in kinds]
