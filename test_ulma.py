@@ -494,7 +494,7 @@ def step(small, tmp_path, monkeypatch):
         [line] = read(tmp_path / "log.jsonl")
         assert line["loss"] == pytest.approx(value.item(), rel=1e-4)
         rewards = 0.7 * (logps - ref_logps + args.log_z)
-        good = labels == 1
+        good = labels > 0.5
         assert line["reward_positive"] == pytest.approx(rewards[good].mean().item(), rel=1e-3)
         if not good.all():
             assert line["reward_negative"] == pytest.approx(rewards[~good].mean().item(), rel=1e-3)
@@ -1034,10 +1034,16 @@ def test_texts_of_json_lines_stay_as_they_stand(read_records, text):
     assert decoded(rows)[0] == ("Question 1?", f"{text}<eos>")
 
 
-def test_a_label_that_is_not_0_or_1_is_refused_also_after_true(read_records):
-    for label in (5, -1, 2.5, "1"):
-        with pytest.raises(ulma.Mistake, match="line 2: its label is"):
+def test_a_label_that_is_not_a_number_from_0_to_1_is_refused(read_records):
+    for label in (5, -1, 2.5, math.nan, "1", [1]):
+        with pytest.raises(ulma.Mistake, match="line 2: its label is .* not a number from 0 to 1"):
             read_records(point(1, True), point(2, label))
+
+
+def test_a_label_between_0_and_1_is_kept_and_told(read_records, capsys):
+    rows = read_records(point(1, 1), point(2, 0.99), point(3, 0), point(4, True))
+    assert [row.label for row in rows] == [1, 0.99, 0, 1]
+    assert "labels of 1: 2, of 0: 1, between: 1" in capsys.readouterr().out
 
 
 # ---- Data: records ----
@@ -1448,7 +1454,6 @@ A, B = json.dumps(point(1)), json.dumps(point(2, 0))
         (A.replace(" Answer 1.", "<eos>"), "response is empty"),
         (A.replace('" Answer 1."', "5"), "response is 5, not a text"),
         (A.replace('"Question 1?"', "5"), "prompt is 5"),
-        (A.replace(": 1}", ": 0.5}"), "label is 0.5.*--continuous"),
         (A.replace(": 1}", ': "1"}'), "label is '1'"),
         (A.replace(": 1}", ': 1,  "weight": -1}'), "weight is -1"),
         (A.replace(": 1}", ': 1,  "weight": "2"}'), "weight is '2'"),

@@ -75,8 +75,9 @@ def pointwise_dpo_loss(logps, ref_logps, labels, beta=0.1, log_z=0.0, continuous
 def ulma_loss(logps, ref_logps, labels, beta=0.1, log_z=0.0, continuous=False):
     """ULMA: SFT where z = 1, point-wise DPO elsewhere.
 
-    Only a label of exactly 1 marks a demonstration; 0.99 does not. Where z = 1 ref_logps is not
-    used, but must be finite: torch.where passes a NaN of the branch not taken into the gradient.
+    Only a label of exactly 1 marks a demonstration. A thumbs-up that should not be imitated can
+    have the label 0.99: then it has the loss of point-wise DPO. Where z = 1 ref_logps is not used,
+    but must be finite: torch.where passes a NaN of the branch not taken into the gradient.
     """
     preference = pointwise_dpo_loss(logps, ref_logps, labels, beta, log_z, continuous)
     return torch.where(labels == 1, sft_loss(logps), preference)
@@ -166,7 +167,7 @@ class Row:
     prompt: str
     input_ids: torch.Tensor  # (T,): the tokens of the prompt, of the response and of its end
     response_mask: torch.Tensor  # (T,): True on what the model has to write, the end included
-    label: float  # z: 1 for a demonstration or a thumbs-up, 0 for a thumbs-down, or a score
+    label: float  # z: 1 is imitated, 0 is a thumbs-down; between lie scores
     weight: float = 1.0  # multiplies the loss
     ref_logp: float = math.nan  # log π_ref(y|x), once set_reference has been called
     answers: list = field(default_factory=list)  # acceptable responses, for exact match
@@ -366,8 +367,8 @@ def train(model, rows, args, out, losses_of=batch_losses):
             finite = math.isfinite(line["loss"]) and math.isfinite(line["gradient_norm"])
             require(finite, f"not finite, so try a lower --learning-rate: {line}")
             rated = list(zip(torch.cat(rewards).tolist(), labels))
-            line["reward_positive"] = mean([reward for reward, z in rated if z == 1])
-            line["reward_negative"] = mean([reward for reward, z in rated if z != 1])
+            line["reward_positive"] = mean([reward for reward, z in rated if z > 0.5])
+            line["reward_negative"] = mean([reward for reward, z in rated if z <= 0.5])
             write(out / "log.jsonl", [line], "a")
             progress.set_postfix(loss=line["loss"])
             losses, rewards, labels = [], [], []
@@ -589,8 +590,11 @@ def read_split(splits, name, args, tokenizer):
     summary = f"{name}: {len(short)} rows, and {len(rows) - len(short)} left out, over --max-length"
     require(short, f"{args.data}, {summary}")
     chats = sum(row.is_chat for row in short)
+    labels = [row.label for row in short]
+    between = sum(0 < label < 1 for label in labels)
     ids, mask = short[0].input_ids, short[0].response_mask
-    print(f"{summary}; with label 1: {sum(row.label == 1 for row in short)}")
+    print(summary)
+    print(f"  labels of 1: {labels.count(1)}, of 0: {labels.count(0)}, between: {between}")
     print(f"  plain text: {len(short) - chats}; through the chat template: {chats}")
     print(f"  columns not read: {', '.join(sorted(unread)) or 'none'}")
     if unequal:
@@ -622,9 +626,8 @@ def read_record(record, args, tokenizer):
 
 def read_row(record, response, z, args, tokenizer):
     """The row of one response, whose label is z."""
-    is_score = args.continuous and isinstance(z, float) and 0 < z < 1
-    if z not in (0, 1) and not is_score:
-        raise Mistake(f"its label is {z!r}: use 0, 1, or with --continuous a score between them")
+    if not isinstance(z, int | float) or not 0 <= z <= 1:
+        raise Mistake(f"its label is {z!r}, not a number from 0 to 1")
     weight, answers = record.get("weight", 1.0), record.get("answers", [])
     if not isinstance(weight, int | float) or not 0 <= weight < math.inf:
         raise Mistake(f"its weight is {weight!r}, not a finite number of at least 0")

@@ -1,9 +1,11 @@
 """Make rows of the thumbs of a chat UI: the feedback that Open WebUI exports, in feedback.json.
 
     python data/thumbs.py feedback.json > ratings.jsonl
+    python data/thumbs.py feedback.json 0.99 > ratings.jsonl    # thumbs-up are not imitated
 
-Each rated answer becomes a row: the conversation up to it, and label 1 for a thumbs-up or 0 for a
-thumbs-down. Feedback without a rating, or without its conversation, is left out and counted.
+Each rated answer becomes a row: the conversation up to it, and its label. A thumbs-down has label 0.
+A thumbs-up has label 1, or what is given. README.md says when 0.99 is better ("Which data to
+collect"). Feedback without a rating, or without its conversation, is left out and counted.
 """
 
 import json
@@ -11,7 +13,7 @@ import sys
 from pathlib import Path
 
 
-def rows_of(feedback):
+def rows_of(feedback, thumbs_up):
     """The rows of a list of ratings, and the number of those that were left out."""
     rows, left_out = [], 0
     for rated in feedback:
@@ -21,7 +23,7 @@ def rows_of(feedback):
             continue
         messages = rated["snapshot"]["chat"]["chat"]["history"]["messages"]
         chat = conversation(messages, rated["meta"]["message_id"])
-        rows.append({"completion": chat, "label": int(rating > 0)})
+        rows.append({"completion": chat, "label": thumbs_up if rating > 0 else 0})
     return rows, left_out
 
 
@@ -36,8 +38,9 @@ def conversation(messages, name):
 
 
 if __name__ == "__main__":
-    feedback = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    rows, left_out = rows_of(feedback)
+    file, *label = sys.argv[1:]
+    feedback = json.loads(Path(file).read_text(encoding="utf-8"))
+    rows, left_out = rows_of(feedback, float(label[0]) if label else 1)
     for row in rows:
         print(json.dumps(row))
     print(f"{len(rows)} rows; {left_out} left out", file=sys.stderr)

@@ -130,8 +130,8 @@ class ULMATrainer(Trainer):
             ulma.require(math.isfinite(logs.get(name, 0.0)), f"{told}, in another folder")
         if self.rewards:
             rated = list(zip(torch.cat(self.rewards).tolist(), self.labels))
-            logs["reward_positive"] = ulma.mean([reward for reward, z in rated if z == 1])
-            logs["reward_negative"] = ulma.mean([reward for reward, z in rated if z != 1])
+            logs["reward_positive"] = ulma.mean([reward for reward, z in rated if z > 0.5])
+            logs["reward_negative"] = ulma.mean([reward for reward, z in rated if z <= 0.5])
             self.rewards, self.labels = (), ()
         super().log(logs, *given)
 

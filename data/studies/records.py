@@ -20,7 +20,6 @@ Kinds, and how they differ from the first one:
 import functools
 import random
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -132,14 +131,10 @@ def samples_of(model, tokenizer, rows, args, count):
 
 
 def rows_of(records, args, tokenizer):
-    """The rows that ulma.py makes of records. Any label is kept; without one it is 1."""
+    """The rows that ulma.py makes of records. A record without a label gets label 1."""
     rows = []
     for record in records:
-        label = record.get("label", 1)
-        found, _ = ulma.read_record(record | {"label": int(label == 1)}, args, tokenizer)
-        if label not in (0, 1):
-            found = [replace(row, label=label) for row in found]
-        rows += found
+        rows += ulma.read_record({"label": 1} | record, args, tokenizer)[0]
     return rows
 
 

@@ -534,14 +534,6 @@ def test_a_fifth_of_the_noisy_ratings_is_wrong(monkeypatch):
     assert ulma.mean([row["label"] for row in own]) == pytest.approx(0.2, abs=0.06)
 
 
-def test_labels_between_0_and_1_are_kept():
-    args = ulma.read_options([])
-    tokenizer = ulma.load_tokenizer(args.model)
-    given = [{"prompt": "A?", "completion": " B", "label": label} for label in (1, 0.99, 0)]
-    rows = records.rows_of([*given, {"prompt": "A?", "completion": " B"}], args, tokenizer)
-    assert [row.label for row in rows] == [1, 0.99, 0, 1]
-
-
 def test_the_spread_rows_have_labels_by_the_rule_and_shares_from_5_to_95_percent():
     rows, shares = rows_of("spread"), records.acceptance()
     assert min(shares.values()) == 0.05 and max(shares.values()) == pytest.approx(0.95)
@@ -601,6 +593,8 @@ def test_a_chat_uis_thumbs_become_rows(tmp_path):
     texts = [[message["content"] for message in row["completion"]] for row in found]
     assert texts == [["Q1", "A1", "Q2", "A2"], ["Q1", "A1"]]
     assert list(ulma.find_splits(args)) == ["train"]
+    done = subprocess.run([*argv, "0.99"], capture_output=True, text=True, check=True)
+    assert [json.loads(line)["label"] for line in done.stdout.splitlines()] == [0, 0.99]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
