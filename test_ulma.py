@@ -1036,7 +1036,7 @@ def test_texts_of_json_lines_stay_as_they_stand(read_records, text):
 
 def test_a_label_that_is_not_a_number_from_0_to_1_is_refused(read_records):
     for label in (5, -1, 2.5, math.nan, "1", [1]):
-        with pytest.raises(ulma.Mistake, match="line 2: its label is .* not a number from 0 to 1"):
+        with pytest.raises(ulma.Mistake, match=r"line 2: its label is .* not a number from 0 to 1"):
             read_records(point(1, True), point(2, label))
 
 

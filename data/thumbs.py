@@ -3,8 +3,8 @@
     python data/thumbs.py feedback.json > ratings.jsonl
     python data/thumbs.py feedback.json 0.99 > ratings.jsonl    # thumbs-up are not imitated
 
-Each rated answer becomes a row: the conversation up to it, and its label. A thumbs-down has label 0.
-A thumbs-up has label 1, or what is given. README.md says when 0.99 is better ("Which data to
+Each rated answer becomes a row: the conversation up to it, and its label. A thumbs-down has label
+0. A thumbs-up has label 1, or the number given; README.md says when 0.99 is better ("Which data to
 collect"). Feedback without a rating, or without its conversation, is left out and counted.
 """
 
