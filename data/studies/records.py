@@ -31,6 +31,7 @@ import make_data
 
 import ulma
 
+RATED = 120  # at most as many prompts are looked at in rated
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SPREAD_BASE = Path("runs/studies/spread-base")
 MISTAKES = (("over-refusal", "complies"), ("rude",), ("wrong thing",), ("wrong request",))
@@ -44,7 +45,7 @@ def training_and_test(kind, seed, validation):
     name, _, value = kind.partition("-")
     verbs = demonstrated(int(value)) if name == "share" else make_data.DEMONSTRATED
     if name == "spread":
-        verbs = [verb for verb, share in acceptance().items() if share > 0.5]
+        verbs = [verb for verb, share in spread_shares().items() if share > 0.5]
     train = training(name, value, seed, verbs)
     if validation:
         return make_data.validation(train, verbs)
@@ -76,6 +77,24 @@ def training(name, value, seed, verbs):
     if name == "edits":
         return make_data.edits(random.Random(make_data.SEED + 4 + 1000 * seed), train)
     return train
+
+
+def acceptable(record):
+    """The acceptable completions of a record's prompt."""
+    texts = make_data.acceptable(make_data.verb_of(record), make_data.noun_of(record))
+    return [f" {text}" for text in texts]
+
+
+def rated(learnt, seed):
+    """Training prompts of kinds without demonstrations.
+
+    They have a thumbs-down, or would have one, if the records were those of --records data.
+    """
+    disliked = [record for record in learnt if record["label"] == 0]
+    if not disliked:
+        whole, _ = training_and_test("data", seed, False)
+        disliked = [record for record in whole if record["label"] == 0]
+    return [record for record in disliked if record["group"] == "undemonstrated"][:RATED]
 
 
 def sorts_of(seed, count):
@@ -149,7 +168,7 @@ def kind_of(prompt, completion):
 # ---- Kinds of request that differ in how often the base model is right ----
 
 
-def acceptance():
+def spread_shares():
     """{kind of request: share of acceptable responses}, from 5 to 95 %."""
     verbs = random.Random(0).sample(make_data.VERBS, len(make_data.VERBS))
     return {verb: 0.05 + 0.9 * i / (len(verbs) - 1) for i, verb in enumerate(verbs)}
@@ -157,7 +176,7 @@ def acceptance():
 
 def spread(rng, often):
     """960 rated responses."""
-    train = make_data.mixture(rng, 960, acceptance())
+    train = make_data.mixture(rng, 960, spread_shares())
     for record in train:
         kind = kind_of(record["prompt"], record["completion"])
         record |= {"label": int(kind in ("full", "brief")), "score": make_data.SCORES[kind]}
@@ -172,7 +191,7 @@ def base_of(kind):
         return make_data.HERE / "base"
     if not SPREAD_BASE.exists():
         rows = SPREAD_BASE.with_name("spread-rows")
-        mixture = make_data.mixture(random.Random(1), 16000, acceptance())
+        mixture = make_data.mixture(random.Random(1), 16000, spread_shares())
         make_data.write(rows / "train.jsonl", mixture)
         flags = f"--method sft --epochs 1 --batch-size 32 --learning-rate 1e-3 --data {rows}"
         part = SPREAD_BASE.with_name("spread-base.part")

@@ -13,7 +13,6 @@ import os
 
 import figures
 import law
-import real_demonstrations
 import real_model
 import tables
 
@@ -21,7 +20,6 @@ OTHERS = {  # tables and pictures that are not made of results.jsonl alone
     "rewards": figures.rewards,
     "optimum": figures.optimum,
     "real-model": real_model.real_model,
-    "real-demonstrations": real_demonstrations.real_demonstrations,
 }
 
 

