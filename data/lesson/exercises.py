@@ -63,5 +63,5 @@ def kto_loss(logps, ref_logps, labels, beta, kl):
 
 
 def kto_log_z(kl):
-    """Exercise 6. What stands for log Z(x) in KTO: r_θ with it is the r of kto_loss."""
+    """Exercise 6. What KTO uses for log Z(x): r_θ with it is the r of kto_loss."""
     raise NotSolved

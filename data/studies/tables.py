@@ -18,6 +18,7 @@ HEADERS = {
     "demonstrated": "kinds with demonstrations",
     "undemonstrated": "kinds without",
     "weight": "last weight of a demonstration",
+    "fall": "fall of thumbs-down, kinds without, in nats",
     "ended": "samples that end",
     "KL": "KL in nats",
 }
@@ -97,6 +98,8 @@ def value_of(figures, column):
         return figures[column]
     if column == "weight":  # in the mean of the last epoch
         return figures["classes"]["label 1, acceptable, demonstrated"][1]
+    if column == "fall":  # in the mean of the last epoch
+        return -figures["classes"]["label 0, not acceptable, undemonstrated"][2]
     kinds = figures["kinds"].values()  # of as many prompts each
     if column == "score":
         totals = [sum(make_data.SCORES.get(kind, 0) * of[kind] for kind in of) for of in kinds]
