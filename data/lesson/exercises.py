@@ -20,9 +20,9 @@ def ulma_loss(logps, ref_logps, labels, beta, log_z):
 
 
 def weights_at_beta_2():
-    """Exercise 2. The six weights that README's By hand would print with beta=2.0.
+    """Exercise 2. Six weights at β = 2, a list, to three decimals.
 
-    A list, line by line, to three decimals.
+    SFT's, point-wise DPO's and ULMA's: of each first the demonstration's, then the thumbs-down's.
     """
     raise NotSolved
 
@@ -39,8 +39,8 @@ def first_weights(beta, log_z, mean_label):
 def ulma_optimum(ref, rated, labels, beta):
     """Exercise 4. The distribution over three responses to a prompt at which ULMA's loss is least.
 
-    ref is π_ref, rated the share of each response among the rated ones, (3,), none 0; each has one
-    label, and not all are 0. Not all arguments may be needed.
+    ref is π_ref, (3,). rated is the share of the rows that each response has, (3,), none 0. Each
+    response has one label, and not all are 0. Not all arguments may be needed.
     """
     raise NotSolved
 

@@ -46,10 +46,11 @@ def ulma_optimum(ref, rated, labels, beta):
 def response_logps(logits, input_ids, response_mask):
     """Exercise 5.
 
-    In the broken version nonzero() numbers the columns that are left, so that every position is one
-    too low. The last token of the prompt counts, and the end of the response does not. The base
-    model already knows how to end, so its samples stay as good. But it has never learned to predict
-    a prompt, and that is what the perplexity shows.
+    The broken version removes the first column. nonzero() then numbers the other columns from 0, so
+    every position is one too low. The last token of the prompt counts, a colon, and the end of the
+    response does not. The base model already knows how to end, so its samples stay as good. But it
+    has never learned to predict a prompt. It hardly learns the colon now, for the thumbs-down push
+    it down. So the colon stays unlikely, and that is what the perplexity shows.
     """
     logps = logits[:, :-1].log_softmax(-1)
     token_logps = logps.gather(-1, input_ids[:, 1:].unsqueeze(-1)).squeeze(-1)
