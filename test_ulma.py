@@ -978,6 +978,12 @@ def test_splits_of_parquet_are_read_by_their_names(tmp_path):
     assert [row.prompt for row in rows + test_rows] == ["Question 0?", "Question 1?"]
 
 
+def test_a_missing_file_is_told_and_not_looked_for_on_the_hub(tmp_path):
+    for name in ("ratings.jsonl", "ratings.parquet"):
+        with pytest.raises(ulma.Mistake, match=f"there is no file .*{name}"):
+            load(tmp_path / name)
+
+
 def test_a_data_set_from_the_hub_is_read_by_its_name(monkeypatch):
     split = datasets.Dataset.from_list(POINTS)
 

@@ -527,6 +527,7 @@ def find_splits(args):
         if args.eval_only:
             print(f"every row of {path} is tested on, even if the model was trained on it")
         return {args.test_split if args.eval_only else args.train_split: [path]}
+    require(path.suffix not in (".jsonl", ".parquet"), f"there is no file {path}")
     files = defaultdict(list)
     for file in sorted([*path.glob("*.jsonl"), *path.glob("*.parquet")]):
         name = re.sub(r"-\d+-of-\d+$", "", file.stem)  # train-00000-of-00002 is of train
