@@ -152,6 +152,30 @@ def negatives(seeds):
     save(figure, "negatives")
 
 
+# ---- real-demonstrations.svg: what β and the learning rate do on a real model ----
+
+
+def rates(scores):
+    """Right answers to validation questions, by β; scores are those of tables.sweep.
+
+    A setting is "learning rate, β", or for SFT, which has no β, the learning rate.
+    """
+    names = dict.fromkeys(name for name, _ in scores)
+    figure, parts = panels(1, len(names), size=(8.5, 2.8))
+    for panel, name in zip(parts, names):
+        curves = {}  # {learning rate: [(β, right answers)]}
+        for (other, setting), score in scores.items():
+            if other == name:
+                rate, _, beta = setting.partition(", ")
+                curves.setdefault(rate, []).append((beta or "none", score))
+        for rate, points in curves.items():
+            panel.plot(*zip(*points), marker="o", markersize=4, label=f"learning rate {rate}")
+        panel.set(title=name, xlabel="β", ylim=(0, 1.1 * max(scores.values())))
+    parts[0].set_ylabel("right answers, %")
+    parts[0].legend(frameon=False, fontsize=7)
+    save(figure, "real-demonstrations")
+
+
 # ---- optimum.svg: where each loss converges, over six responses to one prompt ----
 REF = torch.tensor([0.35, 0.25, 0.18, 0.12, 0.07, 0.03], dtype=torch.float64)  # π_ref
 RATED = torch.tensor([0.05, 0.10, 0.15, 0.20, 0.25, 0.25], dtype=torch.float64)  # μ

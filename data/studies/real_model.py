@@ -30,7 +30,7 @@ SYSTEM = "Answer in one short sentence."
 PROMPTS, TEST_PROMPTS, DRAWS = 128, 48, 6  # requests to train and to test on, and responses of each
 NEW_TOKENS = 40  # of a response; with its prompt it fits the length of a row
 LENGTHS = f"--max-length 128 --max-new-tokens {NEW_TOKENS}"
-COMMON = f"--model {SMOLLM2} --epochs 2 --learning-rate 1e-4 --bf16 {LENGTHS}"
+COMMON = f"--model {SMOLLM2} --epochs 2 --learning-rate 1e-4 {LENGTHS}"
 BETAS = ["0.03", "0.1", "0.3", "1"]
 # Where the best lay at an edge.
 FURTHER = {"ULMA": ["3"], "point-wise DPO": ["0.01"], "pair-wise DPO": ["0.01"]}

@@ -35,7 +35,8 @@ def main(argv=None):
     if options.table in OTHERS:
         return OTHERS[options.table]()
     if options.sweep:
-        return tables.sweep(options.table, options.seeds or 1)
+        scores = tables.sweep(options.table, options.seeds or 1)
+        return figures.rates(scores) if options.table == "real-demonstrations" else None
     seeds = options.seeds or tables.SETTINGS_OF[options.table]["seeds"]
     tables.print_results(options.table, seeds)
     if options.table in ("negatives", "mistakes"):

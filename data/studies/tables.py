@@ -114,7 +114,11 @@ def verdict(p):
 
 
 def sweep(table, seeds):
-    """Acceptable answers to validation prompts in %, with each setting tried for each row."""
+    """Acceptable answers to validation prompts in %, with each setting tried for each row.
+
+    Returns {(row, setting): acceptable answers}. A setting is the values that were tried, in the
+    order of "try", joined by commas.
+    """
     tried = read_flags(SETTINGS_OF[table]["try"])
     if SETTINGS_OF[table]["after"]:
         make(SETTINGS_OF[table]["after"], seeds)
@@ -137,6 +141,7 @@ def sweep(table, seeds):
         is_best = score == max(other for (row, _), other in scores.items() if row == name)
         lines.append([name, setting, f"{score:.1f}", "best" if is_best else ""])
     print_table(["method", ", ".join(tried), "acceptable", ""], lines)
+    return scores
 
 
 def shown(values, digits=1, sign=""):

@@ -460,6 +460,21 @@ def test_drawn_answers_are_those_of_the_run_with_their_name_and_seed(monkeypatch
         questions.drawn("sft", 1)
 
 
+def test_the_picture_of_a_sweep_has_a_curve_for_each_learning_rate(monkeypatch):
+    pytest.importorskip("matplotlib")
+    drawn = {}
+    monkeypatch.setattr(run.figures, "save", lambda figure, name: drawn.update({name: figure}))
+    scores = {("SFT", "1e-4"): 5.0, ("ULMA", "1e-4, 1"): 6.0, ("ULMA", "1e-4, 10"): 7.0}
+    run.figures.rates(scores | {("ULMA", "1e-3, 1"): 8.0})
+    sft, ulmas = drawn["real-demonstrations"].axes
+    assert [line.get_label() for line in ulmas.lines] == [
+        "learning rate 1e-4",
+        "learning rate 1e-3",
+    ]
+    assert list(ulmas.lines[0].get_ydata()) == [6.0, 7.0]
+    assert list(sft.lines[0].get_ydata()) == [5.0]
+
+
 def test_adapters_are_trained_and_merged_into_the_model(small):
     pytest.importorskip("peft")
     flags = "--method sft --epochs 1 --learning-rate 1e-2 --lora"
