@@ -390,6 +390,7 @@ def batches_of_like_length(rows, batch_size, rng):
 
 # ---- Evaluation ----
 SAMPLES = 4  # for each prompt
+PROMPTS = 32  # of so many rows, if none has acceptable answers
 
 
 @dataclass
@@ -403,13 +404,13 @@ def evaluate(model, tokenizer, rows, args):
     """Metrics, None where they are undefined, and {prompt: texts of its samples}.
 
     Samples are drawn for the prompts that have acceptable answers or, if there are none, for those
-    of the first four rows. sample_distinct is the share of different texts among all samples.
+    of the first PROMPTS rows. sample_distinct is the share of different texts among all samples.
     """
     logps = all_logps(model, rows, args, "log π")
     ref_logps = torch.tensor([row.ref_logp for row in rows])
     labels = torch.tensor([row.label for row in rows])
     with_answers = [row for row in rows if row.answers]
-    asked = list({row.prompt: row for row in with_answers or rows[:4]}.values())
+    asked = list({row.prompt: row for row in with_answers or rows[:PROMPTS]}.values())
     samples = sample(model, tokenizer, asked, args)
     drawn = [one for samples_of_row in samples for one in samples_of_row]
     metrics = {
