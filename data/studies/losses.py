@@ -42,8 +42,9 @@ def parse_flags(flags):
     parser.add_argument("--fine-grained", action="store_true", help="see only_edits")
     parser.add_argument("--untrained", action="store_true", help="measure the base model")
     parser.add_argument("--kinds", action="store_true", help="measure kinds of completion, too")
+    parser.add_argument("--rated", action="store_true", help="measure training prompts, too")
     parser.add_argument("--samples", action="store_true", help="measure sampled answers, too")
-    parser.add_argument("--draw", default="", help="the name of answers to keep; see questions.py")
+    parser.add_argument("--draw", default="", help="the name of answers to keep; see store.drawn")
     return parser.parse_known_args(flags.split())
 
 

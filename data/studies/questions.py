@@ -14,12 +14,10 @@ Wrong answers are drawn by runs with --draw NAME, whose figures in results.jsonl
 """
 
 import functools
-from dataclasses import replace
 
-import torch
-from records import DEVICE, rows_of
-from smollm2 import SMOLLM2, make_smollm2
-from store import stored
+from records import rows_of
+from smollm2 import SMOLLM2, make_smollm2, sample_and_compare
+from store import drawn
 
 import ulma
 
@@ -117,14 +115,6 @@ def rate(asked, answers):
 # ---- Drawn answers ----
 
 
-def drawn(name, seed):
-    """For each training question four answers, drawn by a run with --draw NAME."""
-    for (flags, run_seed, _), figures in stored().items():
-        if f"--draw {name} " in f"{flags} " and run_seed == seed:
-            return figures["answers"]
-    raise ValueError(f"no run with --draw {name} and seed {seed} is stored")
-
-
 def draw(model, tokenizer, args):
     """Four answers of the model to each training question, without empty ones."""
     asked = [right(record) for record in questions(args.seed)["training"]]
@@ -133,28 +123,7 @@ def draw(model, tokenizer, args):
 
 
 def measure_samples(model, tokenizer, asked, args):
-    """Of sampled answers: the share that ends, in %, and the KL from SmolLM2 in nats."""
+    """Of sampled answers to some of the questions, the share that ends, and the KL from SmolLM2."""
     size = len(asked) // sum(map(len, FAMILIES.values()))  # of a family
-    asked = [record for i, record in enumerate(asked) if i % size < SAMPLED]
-    samples = ulma.sample(model, tokenizer, rows_of(asked, args, tokenizer), args)
-    whole, ended = [], []
-    for record, some in zip(asked, samples, strict=True):
-        ended += [one.ended for one in some]
-        whole += [record | {"completion": one.text} for one in some if one.ended and one.text]
-    figures = {"ended": 100 * ulma.mean(ended), "KL": None}
-    rows = rows_of(whole, args, tokenizer)
-    if rows:
-        base = ulma.load_model(args.model, tokenizer).to(DEVICE)
-        args = replace(args, batch_size=32)
-        logps, ref_logps = (ulma.all_logps(one, rows, args, "KL") for one in (model, base))
-        figures["KL"] = (logps - ref_logps).mean().item()
-    return figures
-
-
-def with_adapters(model, args):
-    """The model, frozen, with adapters of rank 16 in every linear layer but the head."""
-    from peft import LoraConfig, PeftModelForCausalLM
-
-    torch.manual_seed(args.seed)
-    config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
-    return PeftModelForCausalLM(model, config)
+    some = [record for i, record in enumerate(asked) if i % size < SAMPLED]
+    return sample_and_compare(model, tokenizer, some, args)[1]

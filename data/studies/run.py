@@ -13,13 +13,11 @@ import os
 
 import figures
 import law
-import real_model
 import tables
 
 OTHERS = {  # tables and pictures that are not made of results.jsonl alone
     "rewards": figures.rewards,
     "optimum": figures.optimum,
-    "real-model": real_model.real_model,
 }
 
 

