@@ -54,7 +54,7 @@ def print_law(table, seeds):
         lines.append(line)
     print()
     header = ["thumbs-down" if table == "negatives" else "sorts of mistakes", "a", "c"]
-    tables.print_table([*header, "predicted", "measured", "measured less predicted"], lines)
+    tables.print_table([*header, "predicted", "measured", "measured minus predicted"], lines)
 
 
 def share_of(sorts, kinds):
