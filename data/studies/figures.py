@@ -90,6 +90,7 @@ def rewards():
     figure, parts = panels(1, len(CLASSES), size=(8.5, 2.8))
     run = Quietly(rewards_of)
     rows = tables.TABLES["methods"][""]
+    rows = rows | {"SFT": rows["SFT, 50 steps"]}
     curves = {
         name: [run(f"{rows[name]} --seed {seed}") for seed in range(SEEDS)] for name in COLOURS
     }
