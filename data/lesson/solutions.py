@@ -39,8 +39,11 @@ def first_weights(beta, log_z, mean_label):
 def ulma_optimum(ref, rated, labels, beta):
     """Exercise 4.
 
-    It is the distribution of the rated responses with label 1, as it is SFT's; all others have
-    probability 0. Neither β nor π_ref is needed. They matter on the way there.
+    It is the distribution of the rated responses with label 1; all others have probability 0. That
+    is where SFT's loss, the first term, is least. The second term is never below 0, and it is 0
+    where all responses of label 0 have probability 0, as there. So both are least at one place.
+    Neither β nor π_ref is needed. ULMA and SFT differ on the way there, and at prompts that have no
+    response of label 1: all differences in the lesson are of that sort.
     """
     return rated * labels / (rated * labels).sum()
 
@@ -62,8 +65,8 @@ def response_logps(logits, input_ids, response_mask):
 def kto_loss(logps, ref_logps, labels, beta, kl):
     """Exercise 6.
 
-    In place of log σ stands 1 − σ. So the weight is βσ(r)(1 − σ(r)), which fades at both ends: KTO
-    also gives up on demonstrations that are out of reach.
+    In place of log σ stands 1 − σ. So the weight is βσ(r)(1 − σ(r)). It is largest at r = 0, β/4, and
+    fades at both ends: KTO also gives up on demonstrations that are out of reach.
     """
     r = beta * (logps - ref_logps + kto_log_z(kl))
     return 1 - torch.where(labels == 1, r, -r).sigmoid()
