@@ -619,25 +619,31 @@ def test_a_loss_of_your_own_is_a_function_for_train(small, tmp_path):
     assert ulma.all_logps(model, rows, args, "after").mean() < before.mean() - 1
 
 
-def test_the_readmes_own_loss_is_pairwise_dpo(tmp_path, monkeypatch, capsys):
-    """The worked example, on the prompts of twenty pairs."""
+def test_the_readmes_own_loss_is_kto_with_sfts_loss(tmp_path, monkeypatch):
+    """The worked example, on forty rows."""
     readme = (ulma.HERE / "README.md").read_text(encoding="utf-8")
-    [snippet] = [text for text in readme.split("```") if "def pairwise_losses" in text]
+    [snippet] = [text for text in readme.split("```") if "def kto_losses" in text]
     load_rows = ulma.load_rows
 
     def load_few(args, tokenizer):
         rows, test_rows = load_rows(args, tokenizer)
-        bad = {row.prompt for row in rows if row.label == 0}
-        prompts = [row.prompt for row in rows if row.label == 1 and row.prompt in bad][:20]
-        return [row for row in rows if row.prompt in prompts], test_rows[:2]
+        return rows[:40], test_rows[:2]
 
     monkeypatch.setattr(ulma, "load_rows", load_few)
+    monkeypatch.setattr(sys, "argv", ["kto.py", "--epochs", "1"])
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(snippet.removeprefix("python\n"), names)
-    log = read(tmp_path / "runs" / "pairwise" / "log.jsonl")
-    assert len(names["chosen"]) == 20 and log[-1]["step"] == 10
-    assert log[-1]["loss"] < math.log(2) and 0 <= float(capsys.readouterr().out.split()[-1]) <= 1
+    saved = ulma.load_model("runs/kto", ulma.load_tokenizer("runs/kto"))
+    rows, args = names["rows"], names["args"]
+    losses, rewards = names["kto_losses"](saved, rows, args)
+    for row, loss, reward in zip(rows, losses, rewards):
+        logp = ulma.row_logps(saved, [row], args).item()
+        r = args.beta * (logp - row.ref_logp)
+        kto = 1 / (1 + math.exp(r)) if row.label else 1 / (1 + math.exp(-r))
+        assert loss.item() == pytest.approx(kto - row.label * logp, abs=1e-4)
+        assert reward.item() == pytest.approx(r, abs=1e-4)
+    assert {row.label for row in rows} == {0, 1}
 
 
 def test_a_loss_that_is_not_finite_stops_training(small, tmp_path):
