@@ -65,8 +65,8 @@ def response_logps(logits, input_ids, response_mask):
 def kto_loss(logps, ref_logps, labels, beta, kl):
     """Exercise 6.
 
-    In place of log σ stands 1 − σ. So the weight is βσ(r)(1 − σ(r)). It is largest at r = 0, β/4, and
-    fades at both ends: KTO also gives up on demonstrations that are out of reach.
+    In place of log σ stands 1 − σ. So the weight is βσ(r)(1 − σ(r)). It is largest at r = 0, where
+    it is β/4, and fades at both ends: KTO also gives up on demonstrations that are out of reach.
     """
     r = beta * (logps - ref_logps + kto_log_z(kl))
     return 1 - torch.where(labels == 1, r, -r).sigmoid()
