@@ -17,7 +17,7 @@ import records
 import sentiment
 import torch
 from losses import Losses, only_edits, parse_flags
-from records import DEVICE, kind_of, make_data, rows_of, samples_of
+from records import DEVICE, kind_of, rows_of, samples_of
 from smollm2 import with_adapters
 from store import named, store, stored
 from tqdm import tqdm
