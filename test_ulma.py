@@ -627,6 +627,7 @@ def test_the_readmes_own_loss_is_kto_with_sfts_loss(tmp_path, monkeypatch):
 
     def load_few(args, tokenizer):
         rows, test_rows = load_rows(args, tokenizer)
+        rows[0].label, rows[1].weight = 0.99, 3.0
         return rows[:40], test_rows[:2]
 
     monkeypatch.setattr(ulma, "load_rows", load_few)
@@ -641,9 +642,10 @@ def test_the_readmes_own_loss_is_kto_with_sfts_loss(tmp_path, monkeypatch):
         logp = ulma.row_logps(saved, [row], args).item()
         r = args.beta * (logp - row.ref_logp)
         kto = 1 / (1 + math.exp(r)) if row.label else 1 / (1 + math.exp(-r))
-        assert loss.item() == pytest.approx(kto - row.label * logp, abs=1e-4)
+        sft = -logp if row.label == 1 else 0.0  # a thumbs-up of 0.99 is not imitated
+        assert loss.item() == pytest.approx(row.weight * (kto + sft), abs=1e-4)
         assert reward.item() == pytest.approx(r, abs=1e-4)
-    assert {row.label for row in rows} == {0, 1}
+    assert {row.label for row in rows} == {0, 0.99, 1}
 
 
 def test_a_loss_that_is_not_finite_stops_training(small, tmp_path):
@@ -985,9 +987,17 @@ def test_splits_of_parquet_are_read_by_their_names(tmp_path):
 
 
 def test_a_missing_file_is_told_and_not_looked_for_on_the_hub(tmp_path):
-    for name in ("ratings.jsonl", "ratings.parquet"):
+    for name in ("ratings.jsonl", "ratings.parquet", "ratings.json", "ratings.csv"):
         with pytest.raises(ulma.Mistake, match=f"there is no file .*{name}"):
             load(tmp_path / name)
+
+
+def test_a_folder_may_have_the_name_of_a_file(tmp_path):
+    folder = tmp_path / "ratings.parquet"
+    folder.mkdir()
+    datasets.Dataset.from_list(POINTS).to_parquet(folder / "train.parquet")
+    rows, test_rows = load(folder)
+    assert len(rows) + len(test_rows) == len(POINTS)
 
 
 def test_a_data_set_from_the_hub_is_read_by_its_name(monkeypatch):

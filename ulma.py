@@ -167,7 +167,7 @@ class Row:
     prompt: str
     input_ids: torch.Tensor  # (T,): the tokens of the prompt, of the response and of its end
     response_mask: torch.Tensor  # (T,): True on what the model has to write, the end included
-    label: float  # z: 1 is imitated, 0 is a thumbs-down; between lie scores
+    label: float  # z, from 0 to 1: 1 is imitated, and 0 is a thumbs-down
     weight: float = 1.0  # multiplies the loss
     ref_logp: float = math.nan  # log π_ref(y|x), once set_reference has been called
     answers: list = field(default_factory=list)  # acceptable responses, for exact match
@@ -390,7 +390,7 @@ def batches_of_like_length(rows, batch_size, rng):
 
 # ---- Evaluation ----
 SAMPLES = 4  # for each prompt
-PROMPTS = 32  # of so many rows, if none has acceptable answers
+PROMPTS = 32  # of the first rows, sampled if no row has acceptable answers
 
 
 @dataclass
@@ -528,7 +528,8 @@ def find_splits(args):
         if args.eval_only:
             print(f"every row of {path} is tested on, even if the model was trained on it")
         return {args.test_split if args.eval_only else args.train_split: [path]}
-    require(path.suffix not in (".jsonl", ".parquet"), f"there is no file {path}")
+    is_file_name = path.suffix in (".json", ".jsonl", ".csv", ".tsv", ".parquet")
+    require(path.exists() or not is_file_name, f"there is no file {path}")
     files = defaultdict(list)
     for file in sorted([*path.glob("*.jsonl"), *path.glob("*.parquet")]):
         name = re.sub(r"-\d+-of-\d+$", "", file.stem)  # train-00000-of-00002 is of train

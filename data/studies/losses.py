@@ -37,7 +37,6 @@ def parse_flags(flags):
     parser.add_argument("--up", default=1.0, type=float, help="weight of rows of label 1")
     parser.add_argument("--down", default=1.0, type=float, help="weight of the other rows")
     parser.add_argument("--sft", default=0, type=int, help="epochs of SFT that make π_ref")
-    parser.add_argument("--sft-learning-rate", default=1e-3, type=float)
     parser.add_argument("--lora", action="store_true", help="train adapters")
     parser.add_argument("--fine-grained", action="store_true", help="see only_edits")
     parser.add_argument("--untrained", action="store_true", help="measure the base model")

@@ -86,8 +86,7 @@ def execute(run):
     if own.sft:
         kind = "demonstrations" if source is records else "questions-demonstrations"
         shown, _ = source.training_and_test(kind, seed, validation)
-        first = replace(args, method="sft", epochs=own.sft, log_z=0.0)
-        first.learning_rate = own.sft_learning_rate
+        first = replace(args, method="sft", epochs=own.sft, log_z=0.0, learning_rate=1e-3)
         model = train(model, rows_of(shown, args, tokenizer), first, own)
     rows = prepare(rows, own, args)
     losses_of = Losses(own, rows)
