@@ -1,4 +1,4 @@
-"""How far a law predicts what thumbs-down bring: the tables negatives and mistakes.
+"""How far a law predicts what thumbs-down bring, for three tables.
 
 Of the bad completions of a model a share c loses its probability, and all else grows in proportion.
 Then a share a of acceptable completions becomes a / (1 − c (1 − a)). All shares but c are in %.
@@ -10,7 +10,11 @@ from records import MISTAKES, sorts_of
 import ulma
 
 NEGATIVES = tables.TABLES["negatives"][""]
-SFT = NEGATIVES["0"]  # trained on the demonstrations alone: the model without thumbs-down
+SFT = {  # by table: trained on the demonstrations alone, the model without thumbs-down
+    "negatives": NEGATIVES["0"],
+    "mistakes": NEGATIVES["0"],
+    "real-demonstrations": tables.TABLES["real-demonstrations"][""]["SFT on demonstrations"],
+}
 
 
 def after(before, coverage):
@@ -32,15 +36,14 @@ def print_law(table, seeds):
     done = tables.make("negatives", seeds) | tables.make(table, seeds)
     lines = []
     for name, flags in tables.TABLES[table][""].items():
-        if flags == SFT or "--untrained" in flags:
+        if flags == SFT[table] or "--untrained" in flags:
             continue
         befores, shares, predicted, measured = [], [], [], []
         for seed in range(seeds):
-            sft = done[tables.named((SFT, seed, False))]
+            sft = done[tables.named((SFT[table], seed, False))]
             own = done[tables.named((flags, seed, False))]
-            if table == "negatives":
-                share = coverage(sft["rated"], own["rated"])
-            else:
+            share = coverage(sft["rated"], own["rated"])
+            if table == "mistakes":
                 all_sorts = done[tables.named((NEGATIVES["800"], seed, False))]
                 covered = share_of(sorts_of(seed, int(name[0])), sft["kinds"]["undemonstrated"])
                 share = covered * coverage(sft["rated"], all_sorts["rated"])
@@ -53,8 +56,9 @@ def print_law(table, seeds):
         line += [tables.shown(predicted), tables.shown(measured), tables.shown(differences, 1, "+")]
         lines.append(line)
     print()
-    header = ["thumbs-down" if table == "negatives" else "sorts of mistakes", "a", "c"]
-    tables.print_table([*header, "predicted", "measured", "measured minus predicted"], lines)
+    first = {"negatives": "thumbs-down", "mistakes": "sorts of mistakes"}.get(table, "")
+    header = [first, "a", "c", "predicted", "measured", "measured minus predicted"]
+    tables.print_table(header, lines)
 
 
 def share_of(sorts, kinds):

@@ -8,7 +8,7 @@ is to reply with the answer alone. `--records questions-KIND` names what it lear
     demonstrations  right answers to questions of three families
     instruct        these, and a wrong answer of SmolLM2 to each question of all families
     sft             the same, but wrong answers of SmolLM2 after SFT on the demonstrations
-    own             right and wrong answers of SmolLM2 after this SFT, without the demonstrations
+    own             the demonstrations, and right and wrong answers of SmolLM2 after this SFT
 
 Wrong answers are drawn by runs with --draw NAME, whose figures in results.jsonl have them.
 """
@@ -53,7 +53,7 @@ def training_and_test(kind, seed, validation):
     liked, disliked = rate(
         asked["training"], drawn("instruct" if name == "instruct" else "sft", seed)
     )
-    return (liked if name == "own" else gold) + disliked, test
+    return gold + (liked if name == "own" else []) + disliked, test
 
 
 def base_of(kind):

@@ -37,7 +37,7 @@ def main(argv=None):
         return figures.rates(scores) if options.table == "real-demonstrations" else None
     seeds = options.seeds or tables.SETTINGS_OF[options.table]["seeds"]
     tables.print_results(options.table, seeds)
-    if options.table in ("negatives", "mistakes"):
+    if options.table in law.SFT:
         law.print_law(options.table, seeds)
     if options.table == "negatives":
         law.print_kinds(seeds)

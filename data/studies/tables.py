@@ -13,6 +13,7 @@ import ulma
 
 COLUMNS = "all, demonstrated, undemonstrated, perplexity"
 SETTINGS = ("seeds", "all", "compared", "try", "columns", "after")
+MEASURED = ("samples", "rated")  # flags of figures that no setting is chosen by
 HEADERS = {
     "all": "all requests",
     "demonstrated": "kinds with demonstrations",
@@ -129,6 +130,7 @@ def sweep(table, seeds):
             own = {flag: values.split() for flag, values in tried.items() if flag in given}
             for setting in itertools.product(*own.values()):
                 changed = given | dict(zip(own, setting))
+                changed = {flag: changed[flag] for flag in changed if flag not in MEASURED}
                 cells[name, ", ".join(setting)] = write_flags(changed)
     done = perform(
         [(flags, seed, True) for seed in range(seeds) for flags in cells.values()], table

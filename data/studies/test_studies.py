@@ -379,6 +379,20 @@ def test_a_sweep_tries_every_setting_and_marks_the_best(monkeypatch, capsys):
     ]
 
 
+def test_a_sweep_does_not_measure_what_no_setting_is_chosen_by(monkeypatch):
+    swept = []
+
+    def perform(some, title):
+        swept.extend(map(store.named, some))
+        return dict.fromkeys(swept, {"all": 0.0})
+
+    monkeypatch.setattr(tables, "perform", perform)
+    row = {"SFT": "--method sft --learning-rate 1 --samples --rated"}
+    monkeypatch.setitem(tables.TABLES, "methods", {"": row})
+    tables.sweep("methods", 1)
+    assert swept[0] == ("--learning-rate 1e-4 --method sft", 0, True)
+
+
 @pytest.mark.parametrize("table", tables.TABLES)
 def test_every_table_has_flags_that_are_read_and_rows_that_differ(table):
     for rows in tables.TABLES[table].values():
@@ -425,7 +439,7 @@ def asked(monkeypatch):
         ("demonstrations", [("2 + 2?", "4", 1)]),
         ("instruct", [("2 + 2?", "4", 1), ("2 + 2?", "5", 0)]),
         ("sft", [("2 + 2?", "4", 1), ("3 + 3?", "7", 0)]),
-        ("own", [("2 + 2?", "4", 1), ("3 + 3?", "7", 0)]),
+        ("own", [("2 + 2?", "4", 1), ("2 + 2?", "4", 1), ("3 + 3?", "7", 0)]),
     ],
 )
 def test_questions_have_right_demonstrations_and_at_most_one_wrong_answer(kind, expected, asked):
