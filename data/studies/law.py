@@ -70,6 +70,26 @@ def share_of(sorts, kinds):
     return total(sorts) / total(MISTAKES)
 
 
+def print_request(seeds):
+    """What runs of the table mistakes reach, by whether they show answers to the wrong request."""
+    done = tables.make("mistakes", seeds)
+    found = {"shown": [], "not shown": []}
+    for name, flags in tables.TABLES["mistakes"][""].items():
+        number = int(name[0])
+        for seed in range(seeds):
+            shown = ("wrong request",) in sorts_of(seed, number)
+            share = done[tables.named((flags, seed, False))]["undemonstrated"]
+            if number < len(MISTAKES):
+                found["shown" if shown else "not shown"].append(share)
+    print()
+    header = ["answers to the wrong request are", "runs", "least", "mean", "greatest"]
+    lines = []
+    for name, shares in found.items():
+        numbers = (min(shares), ulma.mean(shares), max(shares))
+        lines.append([name, str(len(shares)), *(f"{number:.1f}" for number in numbers)])
+    tables.print_table(header, lines)
+
+
 def print_kinds(seeds):
     """The completions of requests without demonstrations, by kind, in the table negatives."""
     done = tables.make("negatives", seeds)

@@ -39,6 +39,8 @@ def main(argv=None):
     tables.print_results(options.table, seeds)
     if options.table in law.SFT:
         law.print_law(options.table, seeds)
+    if options.table == "mistakes":
+        law.print_request(seeds)
     if options.table == "negatives":
         law.print_kinds(seeds)
     if options.table in ("share", "negatives"):
