@@ -13,7 +13,7 @@ import ulma
 
 COLUMNS = "all, demonstrated, undemonstrated, perplexity"
 SETTINGS = ("seeds", "all", "compared", "try", "columns", "after")
-MEASURED = ("samples", "rated")  # flags of figures that no setting is chosen by
+MEASURED = ("samples", "rated", "draw")  # flags of figures that no setting is chosen by
 HEADERS = {
     "all": "all requests",
     "demonstrated": "kinds with demonstrations",

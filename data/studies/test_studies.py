@@ -384,7 +384,7 @@ def test_a_sweep_does_not_measure_what_no_setting_is_chosen_by(monkeypatch):
 
     def perform(some, title):
         swept.extend(map(store.named, some))
-        return dict.fromkeys(swept, {"all": 0.0})
+        return {one: {"all": 0.0} for one in swept}
 
     monkeypatch.setattr(tables, "perform", perform)
     row = {"SFT": "--method sft --learning-rate 1 --samples --rated"}
