@@ -211,14 +211,16 @@ def optima(share, log_z_of):
         return minimum(expected)
 
     return {
-        "SFT on thumbs-up": RATED * share / (RATED * share).sum(),
+        "SFT on the thumbs-up": RATED * share / (RATED * share).sum(),
         "point-wise DPO, β 1": of(ulma.pointwise_dpo_loss, 1.0),
         "ULMA, β 1": of(ulma.ulma_loss, 1.0),
         "ULMA, β 0.1": of(ulma.ulma_loss, 0.1),
     }
 
 
-def optimum():
+def distributions():
+    """{name: distribution}, where labels disagree, and where they are exact."""
+
     def true_log_z(beta):
         return (REF * (REWARD / beta).exp()).sum().log()
 
@@ -226,20 +228,32 @@ def optimum():
         return ulma.prior_log_z((RATED * (REWARD > 0)).sum().item(), beta)
 
     aligned = REF * REWARD.exp() / (REF * REWARD.exp()).sum()
-    given = {"π_ref": REF, "π*, β 1": aligned}
-    titles = "labels disagree: p = σ(r)", "labels are exact: p = 1 where r > 0"
-    found = given | optima(REWARD.sigmoid(), true_log_z), {"π_ref": REF}
-    found[1].update(optima((REWARD > 0).double(), prior))
+    disagree = {"π*, β 1": aligned} | optima(REWARD.sigmoid(), true_log_z)
+    return disagree, optima((REWARD > 0).double(), prior)
+
+
+def print_optimum(disagree, exact):
+    """A table of the distributions, a column for each response."""
+    rows = {"π_ref": REF, "how often each is rated": RATED}
+    rows |= {f"labels disagree: {name}": policy for name, policy in disagree.items()}
+    rows |= {f"labels are exact: {name}": policy for name, policy in exact.items()}
+    lines = [[name, *(f"{x:.3f}" for x in policy.tolist())] for name, policy in rows.items()]
+    tables.print_table(["true reward", *(f"{r:g}" for r in REWARD.tolist())], lines)
+
+
+def optimum():
+    found = distributions()
+    print_optimum(*found)
+    titles = "labels disagree: p = σ(r*)", "labels are exact: p = 1 where r* > 0"
     figure, parts = panels(2, 1, size=(8.5, 4.6))
-    colours = {"π_ref": "tab:red", "π*, β 1": "black", "SFT on thumbs-up": "tab:gray"}
+    colours = {"π_ref": "tab:red", "π*, β 1": "black", "SFT on the thumbs-up": "tab:gray"}
     colours |= {"point-wise DPO, β 1": "tab:orange", "ULMA, β 1": "tab:blue"}
     for panel, title, policies in zip(parts, titles, found):
-        print(title)
+        policies = {"π_ref": REF} | policies
         for i, (name, policy) in enumerate(policies.items()):
             places = torch.arange(6) + (i - len(policies) / 2) * 0.13
             panel.bar(places, policy, 0.12, label=name, color=colours.get(name, "lightblue"))
-            print(f"  {name:20}", *(f"{x:.3f}" for x in policy.tolist()))
         panel.set(title=title, ylabel="π(y)")
-        panel.set_xticks(range(6), [f"r = {r:g}" for r in REWARD.tolist()])
+        panel.set_xticks(range(6), [f"r* = {r:g}" for r in REWARD.tolist()])
     figure.legend(*parts[0].get_legend_handles_labels(), loc="outside upper center", ncols=6)
     save(figure, "optimum")

@@ -686,10 +686,18 @@ def test_links_inside_the_repository_resolve(page):
                 assert anchor in map(anchor_of, headings), target
 
 
-def test_every_test_that_the_readme_names_exists():
-    tests = (ROOT / "test_ulma.py").read_text(encoding="utf-8")
-    for name in re.findall(r"`(test_\w+)`", README):
-        assert f"def {name}(" in tests
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_test_that_a_page_names_exists(page):
+    files = [ROOT / "test_ulma.py", *(ROOT / "data").rglob("test_*.py")]
+    tests = "".join(file.read_text(encoding="utf-8") for file in files)
+    for name in re.findall(r"`(test_\w+)`", page.read_text(encoding="utf-8")):
+        assert f"def {name}(" in tests, name
+
+
+def test_the_page_has_the_distributions_that_the_command_prints(capsys):
+    run.figures.print_optimum(*run.figures.distributions())
+    page = (HERE / "where-it-converges.md").read_text(encoding="utf-8")
+    assert capsys.readouterr().out in page
 
 
 def test_every_page_is_in_the_index_and_its_tables_exist():
