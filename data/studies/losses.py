@@ -16,7 +16,7 @@ import ulma
 
 LOSSES = {
     "kto": "KTO's",
-    "kto-sft": "KTO's, and −log π of thumbs-up",
+    "kto-sft": "KTO's, and −log π of rows of label 1",
     "dpo": "pair-wise DPO's, on pairs of a good and a bad row with the same prompt",
     "shuffled": "point-wise DPO's, where a demonstration has the weight of another, drawn one",
     "constant-push": "of --method, where the push on thumbs-down stays what it is at first",
@@ -129,10 +129,10 @@ class Losses:
 
 
 def kto(logps, labels, rewards, beta, sft=0.0):
-    """KTO: 1 − σ(r_θ) on thumbs-up, σ(r_θ) on thumbs-down; and sft × −log π of thumbs-up.
+    """KTO: 1 − σ(r_θ) on label 1, σ(r_θ) on label 0; and sft × −log π of label 1.
 
-    In place of log Z stands minus an estimate of the KL, never below 0. Here that is always 0,
-    which makes it APO-zero.
+    There are no other labels here. In place of log Z stands minus an estimate of the KL, never
+    below 0. Here that is always 0, which makes it APO-zero.
     """
     losses = 1 - torch.sigmoid(torch.where(labels == 1, rewards, -rewards))
     losses = losses + sft * torch.where(labels == 1, ulma.sft_loss(logps), 0.0)
