@@ -38,7 +38,7 @@ def read_tables():
         settings[table] = {
             "seeds": int(given["seeds"]),
             "compared": given.get("compared", "all"),
-            "columns": given.get("columns", COLUMNS).split(", "),
+            "columns": headers_of(given.get("columns", COLUMNS)),
             "try": given.get("try", ""),
             "after": given.get("after"),
         }
@@ -46,6 +46,12 @@ def read_tables():
         rows = {name: f"{common} {flags}".strip() for name, flags in rows.items()}
         tables.setdefault(table, {})[block] = rows
     return tables, settings
+
+
+def headers_of(columns):
+    """{figure: header} of "figure, figure as header"."""
+    pairs = [column.partition(" as ")[::2] for column in columns.split(", ")]
+    return {figure: header or HEADERS.get(figure, figure) for figure, header in pairs}
 
 
 TABLES, SETTINGS_OF = read_tables()
@@ -88,9 +94,9 @@ def print_results(table, seeds):
                 line.append(shown(differences[block, name], sign="+"))
                 line.append(verdict(chances[block, name]))
             lines.append(line + [""] * (len(settings["columns"]) + 3 - len(line)))
-    header = [HEADERS.get(column, column) for column in settings["columns"]]
-    compared = HEADERS.get(settings["compared"], settings["compared"])
-    print_table(["", *header, f"difference, {compared}", "significant"], lines)
+    [compared] = headers_of(settings["compared"]).values()
+    headers = settings["columns"].values()
+    print_table(["", *headers, f"difference, {compared}", "significant"], lines)
 
 
 def value_of(figures, column):

@@ -353,12 +353,19 @@ def test_the_table_has_means_errors_and_differences_seed_by_seed(monkeypatch, ca
         for seed, value in enumerate(some)
     }
     monkeypatch.setitem(tables.TABLES, "noise", {"": {"A": "--method ulma", "B": "--method sft"}})
-    monkeypatch.setitem(tables.SETTINGS_OF["noise"], "columns", ["all", "demonstrated"])
+    monkeypatch.setitem(
+        tables.SETTINGS_OF["noise"], "columns", tables.headers_of("all, demonstrated")
+    )
     monkeypatch.setattr(tables, "make", lambda *given: done)
     tables.print_results("noise", 3)
     *_, first, second = capsys.readouterr().out.splitlines()
     assert first == "| A | 82.0 ± 1.2 |  |  |  |"
     assert second.startswith("| B | 72.0 ± 1.0 |  | −10.0 ± 0.6 | yes (p = ")
+
+
+def test_a_column_has_its_usual_header_or_the_one_that_is_given():
+    found = tables.headers_of("score, all, demonstrated as easy kinds")
+    assert found == {"score": "score", "all": "all requests", "demonstrated": "easy kinds"}
 
 
 def test_a_sweep_tries_every_setting_and_marks_the_best(monkeypatch, capsys):
