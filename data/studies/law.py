@@ -33,7 +33,9 @@ def print_law(table, seeds):
     In the table mistakes c is predicted, too: c with all sorts of mistakes, times the share that is
     covered.
     """
-    done = tables.make("negatives", seeds) | tables.make(table, seeds)
+    done = tables.make(table, seeds)
+    if table == "mistakes":  # its SFT, and all sorts of mistakes
+        done = done | tables.make("negatives", seeds)
     lines = []
     for name, flags in tables.TABLES[table][""].items():
         if flags == SFT[table] or "--untrained" in flags:
@@ -42,11 +44,12 @@ def print_law(table, seeds):
         for seed in range(seeds):
             sft = done[tables.named((SFT[table], seed, False))]
             own = done[tables.named((flags, seed, False))]
-            share = coverage(sft["rated"], own["rated"])
             if table == "mistakes":
                 all_sorts = done[tables.named((NEGATIVES["800"], seed, False))]
                 covered = share_of(sorts_of(seed, int(name[0])), sft["kinds"]["undemonstrated"])
                 share = covered * coverage(sft["rated"], all_sorts["rated"])
+            else:
+                share = coverage(sft["rated"], own["rated"])
             befores.append(sft["undemonstrated"])
             shares.append(share)
             predicted.append(after(sft["undemonstrated"], share))
