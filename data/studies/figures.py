@@ -157,21 +157,22 @@ def negatives(seeds):
 
 
 def rates(scores):
-    """Right answers to validation questions, by β; scores are those of tables.sweep.
+    """Right answers to validation questions of the first seed, by β, of tables.sweep.
 
     A setting is "learning rate, β", or for SFT, which has no β, the learning rate.
     """
     names = dict.fromkeys(name for name, _ in scores)
+    greatest = max(first for first, *_ in scores.values())
     figure, parts = panels(1, len(names), size=(8.5, 2.8))
     for panel, name in zip(parts, names):
         curves = {}  # {learning rate: [(β, right answers)]}
-        for (other, setting), score in scores.items():
+        for (other, setting), (first, *_) in scores.items():
             if other == name:
                 rate, _, beta = setting.partition(", ")
-                curves.setdefault(rate, []).append((beta or "none", score))
+                curves.setdefault(rate, []).append((beta or "none", first))
         for rate, points in curves.items():
             panel.plot(*zip(*points), marker="o", markersize=4, label=f"learning rate {rate}")
-        panel.set(title=name, xlabel="β", ylim=(0, 1.1 * max(scores.values())))
+        panel.set(title=name, xlabel="β", ylim=(0, 1.1 * greatest))
     parts[0].set_ylabel("right answers, %")
     parts[0].legend(frameon=False, fontsize=7)
     save(figure, "real-demonstrations")

@@ -39,7 +39,6 @@ def parse_flags(flags):
     parser.add_argument("--sft", default=0, type=int, help="epochs of SFT that make π_ref")
     parser.add_argument("--lora", action="store_true", help="train adapters")
     parser.add_argument("--fine-grained", action="store_true", help="see only_edits")
-    parser.add_argument("--untrained", action="store_true", help="measure the base model")
     parser.add_argument("--kinds", action="store_true", help="measure kinds of completion, too")
     parser.add_argument("--rated", action="store_true", help="measure training prompts, too")
     parser.add_argument("--samples", action="store_true", help="measure sampled answers, too")

@@ -7,35 +7,37 @@ is to reply with the answer alone. `--records questions-KIND` names what it lear
 
     demonstrations  right answers to questions of three families
     instruct        these, and a wrong answer of SmolLM2 to each question of all families
-    sft             the same, but wrong answers of SmolLM2 after SFT on the demonstrations
-    own             the demonstrations, and right and wrong answers of SmolLM2 after this SFT
+    own             the demonstrations, and right and wrong answers of SmolLM2 after SFT on them
 
 Wrong answers are drawn by runs with --draw NAME, whose figures in results.jsonl have them.
 """
 
 import functools
+from collections import Counter, defaultdict
 
 from records import rows_of
-from smollm2 import SMOLLM2, make_smollm2, sample_and_compare
+from smollm2 import SMOLLM2, make_smollm2, sampled_figures
 from store import drawn
 
 import ulma
 
 SYSTEM = "Reply with the answer alone."
-WORDS = {"min_words": 2, "max_words": 4}
+DIGITS = {"min_terms": 2, "max_terms": 2, "min_digits": 1}
 FAMILIES = {  # of reasoning-gym, and how they are made easy
     "demonstrated": {
-        "gcd": {"max_value": 20},
-        "letter_counting": WORDS,
-        "family_relationships": {},
+        "chain_sum": DIGITS | {"max_digits": 2},
+        "needle_haystack": {"min_num_statements": 3, "max_num_statements": 5},
+        "word_sequence_reversal": {"min_words": 2, "max_words": 3},
     },
     "undemonstrated": {
+        "products": DIGITS | {"max_digits": 1},
         "lcm": {"min_value": 2, "max_value": 12},
-        "count_bits": {"max_n": 100},
-        "syllogism": {},
+        "basic_arithmetic": DIGITS | {"max_digits": 1},
     },
 }
+DRAWS = 1000  # questions that are made of a family, of which some are the same
 SIZES = {"training": 25, "validation": 20, "test": 28}  # questions of a family
+DRAWN = {"instruct": "instruct", "own": "sft"}  # the answers of a kind; see store.drawn
 SAMPLED = 3  # of these, questions to which answers are sampled
 
 
@@ -50,15 +52,13 @@ def training_and_test(kind, seed, validation):
     test = [right(record) for record in asked["validation" if validation else "test"]]
     if name == "demonstrations":
         return gold, test
-    liked, disliked = rate(
-        asked["training"], drawn("instruct" if name == "instruct" else "sft", seed)
-    )
+    liked, disliked = rate(asked["training"], drawn(DRAWN[name], seed))
     return gold + (liked if name == "own" else []) + disliked, test
 
 
 def base_of(kind):
     """The folder of the model to start from."""
-    make_smollm2("reasoning_gym", "peft")
+    make_smollm2()
     return SMOLLM2
 
 
@@ -83,9 +83,10 @@ def questions(seed):
     parts = {part: [] for part in SIZES}
     for group, families in FAMILIES.items():
         for family, easy in families.items():
-            made = reasoning_gym.create_dataset(family, seed=seed, size=1000, **easy)
-            answer_to = {made[i]["question"].strip(): made[i]["answer"] for i in range(1000)}
-            found = [record(group, *pair) for pair in answer_to.items()]
+            # With the seeds 0 and 1 all but one of the questions would be the same.
+            made = reasoning_gym.create_dataset(family, seed=DRAWS * seed, size=DRAWS, **easy)
+            answer_to = {made[i]["question"].strip(): made[i]["answer"] for i in range(DRAWS)}
+            found = [record(group, *pair) | {"family": family} for pair in answer_to.items()]
             for part, size in SIZES.items():
                 parts[part] += found[:size]
                 del found[:size]
@@ -112,6 +113,27 @@ def rate(asked, answers):
     return liked, disliked
 
 
+def guesses(seed):
+    """Right answers to test questions in %, of guesses that look at the family of a question alone.
+
+    {guess: {group: mean over its test questions}}. A guess is the most frequent right answer to the
+    training questions of the family, or a right answer to one of them, drawn at random.
+    """
+    answers = defaultdict(Counter)  # {family: how often each answer is right}
+    for record in questions(seed)["training"]:
+        answers[record["family"]][record["answers"][0]] += 1
+    found = {"the most frequent answer": defaultdict(list), "a drawn answer": defaultdict(list)}
+    for record in questions(seed)["test"]:
+        [answer], counts = record["answers"], answers[record["family"]]
+        is_frequent = answer == counts.most_common(1)[0][0]
+        found["the most frequent answer"][record["group"]].append(100 * is_frequent)
+        found["a drawn answer"][record["group"]].append(100 * counts[answer] / counts.total())
+    return {
+        guess: {group: ulma.mean(shares) for group, shares in of_group.items()}
+        for guess, of_group in found.items()
+    }
+
+
 # ---- Drawn answers ----
 
 
@@ -126,4 +148,4 @@ def measure_samples(model, tokenizer, asked, args):
     """Of sampled answers to some of the questions, the share that ends, and the KL from SmolLM2."""
     size = len(asked) // sum(map(len, FAMILIES.values()))  # of a family
     some = [record for i, record in enumerate(asked) if i % size < SAMPLED]
-    return sample_and_compare(model, tokenizer, some, args)[1]
+    return sampled_figures(model, tokenizer, some, args)

@@ -12,12 +12,13 @@ import argparse
 import os
 
 import figures
-import law
+import more_tables
 import tables
 
 OTHERS = {  # tables and pictures that are not made of results.jsonl alone
     "rewards": figures.rewards,
     "optimum": figures.optimum,
+    "guesses": more_tables.print_guesses,
 }
 
 
@@ -37,12 +38,14 @@ def main(argv=None):
         return figures.rates(scores) if options.table == "real-demonstrations" else None
     seeds = options.seeds or tables.SETTINGS_OF[options.table]["seeds"]
     tables.print_results(options.table, seeds)
-    if options.table in law.SFT:
-        law.print_law(options.table, seeds)
+    if options.table in more_tables.LAWS:
+        more_tables.print_law(options.table, seeds)
+    if options.table == "real-demonstrations":
+        more_tables.print_families(seeds)
     if options.table == "mistakes":
-        law.print_request(seeds)
+        more_tables.print_request(seeds)
     if options.table == "negatives":
-        law.print_kinds(seeds)
+        more_tables.print_kinds(seeds)
     if options.table in ("share", "negatives"):
         getattr(figures, options.table)(seeds)
 

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import questions
 import records
-import sentiment
 import torch
 from losses import Losses, only_edits, parse_flags
 from records import DEVICE, kind_of, rows_of, samples_of
@@ -28,8 +27,7 @@ import ulma
 
 def source_of(kind):
     """The module with the records of this kind."""
-    modules = {"questions": questions, "sentiment": sentiment}
-    return modules.get(kind.split("-")[0], records)
+    return questions if kind.startswith("questions-") else records
 
 
 def perform(runs, title):
@@ -75,29 +73,35 @@ def execute(run):
     base = str(source.base_of(own.records))
     args = ulma.read_options(["--model", base, "--seed", str(seed), *argv])
     tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = ulma.load_model(args.model, tokenizer).to(DEVICE)
     learnt, asked = source.training_and_test(own.records, seed, validation)
-    rows = rows_of(learnt, args, tokenizer)
+    seen = []
+    if not args.eval_only:
+        model, seen = align(model, tokenizer, learnt, validation, own, args)
+    figures = measure(model, tokenizer, learnt, asked, own, args)
+    if seen and source is records:
+        figures["classes"] = classes(seen, args.epochs, tokenizer)
+    return rounded(figures)
+
+
+def align(model, tokenizer, learnt, validation, own, args):
+    """The trained model, and what its losses have seen; see losses.py."""
+    source, rows = source_of(own.records), rows_of(learnt, args, tokenizer)
     if own.fine_grained:
         rows = only_edits(rows)
-    model = ulma.load_model(args.model, tokenizer).to(DEVICE)
     if own.z == "true":
         for row, share in zip(rows, acceptance(model, tokenizer, learnt, args, source)):
             row.acceptance = share
     if own.sft:
         kind = "demonstrations" if source is records else "questions-demonstrations"
-        shown, _ = source.training_and_test(kind, seed, validation)
+        shown, _ = source.training_and_test(kind, args.seed, validation)
         first = replace(args, method="sft", epochs=own.sft, log_z=0.0, learning_rate=1e-3)
         model = train(model, rows_of(shown, args, tokenizer), first, own)
     rows = prepare(rows, own, args)
     losses_of = Losses(own, rows)
     rows = list(losses_of.rejected_of) or rows
-    if not own.untrained:
-        ulma.set_reference(model, rows + list(losses_of.rejected_of.values()), args)
-        model = train(model, rows, args, own, losses_of)
-    figures = measure(model, tokenizer, learnt, asked, own, args)
-    if losses_of.seen and source is records:
-        figures["classes"] = classes(losses_of.seen, args.epochs, tokenizer)
-    return rounded(figures)
+    ulma.set_reference(model, rows + list(losses_of.rejected_of.values()), args)
+    return train(model, rows, args, own, losses_of), losses_of.seen
 
 
 def train(model, rows, args, own, losses_of=ulma.batch_losses):
@@ -127,12 +131,16 @@ def measure(model, tokenizer, learnt, asked, own, args):
     """Shares are in %."""
     source, figures = source_of(own.records), {}
     once = list({str(record["prompt"]): record for record in asked}.values())
-    if source is not sentiment:
-        shares = acceptance(model, tokenizer, once, args, source)
-        figures["all"] = 100 * ulma.mean(shares)
-        for group in ("demonstrated", "undemonstrated"):
-            of_group = [share for share, record in zip(shares, once) if record["group"] == group]
-            figures[group] = 100 * ulma.mean(of_group) if of_group else None
+    shares = acceptance(model, tokenizer, once, args, source)
+    figures["all"] = 100 * ulma.mean(shares)
+    for group in ("demonstrated", "undemonstrated"):
+        of_group = [share for share, record in zip(shares, once) if record["group"] == group]
+        figures[group] = 100 * ulma.mean(of_group) if of_group else None
+    if source is questions:
+        found = defaultdict(list)
+        for share, record in zip(shares, once):
+            found[record["family"]].append(100 * share)
+        figures["families"] = {family: ulma.mean(some) for family, some in found.items()}
     if source is records:
         rows = rows_of(asked, args, tokenizer)
         logps, labels = ulma.all_logps(model, rows, args, "log π"), [row.label for row in rows]

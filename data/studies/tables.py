@@ -123,13 +123,32 @@ def verdict(p):
 def sweep(table, seeds):
     """Acceptable answers to validation prompts in %, with each setting tried for each row.
 
-    Returns {(row, setting): acceptable answers}. A setting is the values that were tried, in the
-    order of "try", joined by commas.
+    The first seed tries all settings, and each other seed those that are the three best of their
+    row until then. Returns {(row, setting): [acceptable answers of each seed]}. A setting is the values that were tried, in the order
+    of "try", joined by commas.
     """
-    tried = read_flags(SETTINGS_OF[table]["try"])
     if SETTINGS_OF[table]["after"]:
         make(SETTINGS_OF[table]["after"], seeds)
-    cells = {}  # {(row, setting): flags}
+    cells = settings_of(table)
+    scores = {cell: [] for cell in cells}
+    for seed in range(seeds):
+        tried = [cell for cell in cells if seed == 0 or cell in best(scores, 3)]
+        done = perform([(cells[cell], seed, True) for cell in tried], table)
+        for cell in tried:
+            scores[cell].append(done[named((cells[cell], seed, True))]["all"])
+    lines = []
+    for (name, setting), found in scores.items():
+        is_best = (name, setting) in best(scores, 1)
+        mean = f"{ulma.mean(found):.1f}"
+        lines.append([name, setting, mean, str(len(found)), "best" if is_best else ""])
+    tried = ", ".join(read_flags(SETTINGS_OF[table]["try"]))
+    print_table(["method", tried, "acceptable", "seeds", ""], lines)
+    return scores
+
+
+def settings_of(table):
+    """{(row, setting): flags} of a sweep."""
+    tried, cells = read_flags(SETTINGS_OF[table]["try"]), {}
     for rows in TABLES[table].values():
         for name, flags in rows.items():
             given = read_flags(flags)
@@ -138,18 +157,14 @@ def sweep(table, seeds):
                 changed = given | dict(zip(own, setting))
                 changed = {flag: changed[flag] for flag in changed if flag not in MEASURED}
                 cells[name, ", ".join(setting)] = write_flags(changed)
-    done = perform(
-        [(flags, seed, True) for seed in range(seeds) for flags in cells.values()], table
-    )
-    scores = {}
-    for cell, flags in cells.items():
-        scores[cell] = ulma.mean([done[named((flags, i, True))]["all"] for i in range(seeds)])
-    lines = []
-    for (name, setting), score in scores.items():
-        is_best = score == max(other for (row, _), other in scores.items() if row == name)
-        lines.append([name, setting, f"{score:.1f}", "best" if is_best else ""])
-    print_table(["method", ", ".join(tried), "acceptable", ""], lines)
-    return scores
+    return cells
+
+
+def best(scores, count):
+    """The settings of each row that have most seeds, and among these the highest means."""
+    order = sorted(scores, key=lambda cell: (len(scores[cell]), ulma.mean(scores[cell])))
+    names = {name for name, _ in scores}
+    return {cell for row in names for cell in [c for c in order if c[0] == row][-count:]}
 
 
 def shown(values, digits=1, sign=""):

@@ -14,14 +14,13 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read at import, and these tests may come first
-import law
 import losses
+import more_tables
 import pytest
 import questions
 import records
 import run
 import runs
-import sentiment
 import smollm2
 import store
 import tables
@@ -261,9 +260,9 @@ def test_a_push_may_have_a_strength_of_its_own(small):
         assert first == pytest.approx(1.0 if name.startswith("label 1") else -1.5, abs=1e-3)
 
 
-def test_an_untrained_run_measures_the_base_model(small, monkeypatch):
+def test_a_run_with_eval_only_measures_the_base_model(small, monkeypatch):
     monkeypatch.setattr(records, "rated", lambda learnt, seed: learnt[:4])
-    flags = "--method ulma --untrained --learning-rate 1e-3 --kinds"
+    flags = "--eval-only --kinds"
     figures = runs.execute((flags, 0, False))
     assert "classes" not in figures  # of rows that were trained
     assert 0 < figures["rated"] < 100
@@ -380,10 +379,29 @@ def test_a_sweep_tries_every_setting_and_marks_the_best(monkeypatch, capsys):
     tables.sweep("methods", 1)
     lines = capsys.readouterr().out.splitlines()[2:]
     assert lines == [
-        "| SFT | 1e-4 | 0.0 |  |",
-        "| SFT | 3e-4 | 10.0 | best |",
-        "| SFT | 1e-3 | 0.0 |  |",
+        "| SFT | 1e-4 | 0.0 | 1 |  |",
+        "| SFT | 3e-4 | 10.0 | 1 | best |",
+        "| SFT | 1e-3 | 0.0 | 1 |  |",
     ]
+
+
+def test_a_second_seed_tries_the_three_best_settings_of_each_row(monkeypatch, capsys):
+    answers = {("1e-4", 0): 5, ("3e-4", 0): 9, ("1e-3", 0): 7, ("3e-3", 0): 8}
+    answers |= {("3e-4", 1): 1, ("1e-3", 1): 6, ("3e-3", 1): 2}  # not the worst, 1e-4
+
+    def perform(some, title):
+        return {
+            (flags, seed, True): {"all": answers[flags.split()[1], seed]}
+            for flags, seed, _ in map(store.named, some)
+        }
+
+    monkeypatch.setattr(tables, "perform", perform)
+    monkeypatch.setitem(tables.TABLES, "methods", {"": {"SFT": "--method sft --learning-rate 1"}})
+    tried = "--learning-rate 1e-4 3e-4 1e-3 3e-3"
+    monkeypatch.setitem(tables.SETTINGS_OF["methods"], "try", tried)
+    scores = tables.sweep("methods", 2)
+    assert scores["SFT", "1e-4"] == [5] and scores["SFT", "3e-3"] == [8, 2]
+    assert "| SFT | 1e-3 | 6.5 | 2 | best |" in capsys.readouterr().out
 
 
 def test_a_sweep_does_not_measure_what_no_setting_is_chosen_by(monkeypatch):
@@ -413,17 +431,17 @@ def test_every_table_has_flags_that_are_read_and_rows_that_differ(table):
 
 
 def test_the_law_of_coverage_is_its_own_inverse():
-    assert law.after(73.0, 0.43) == pytest.approx(82.6, abs=0.1)
-    assert law.after(5.4, 0.43) == pytest.approx(9.1, abs=0.05)
+    assert more_tables.after(73.0, 0.43) == pytest.approx(82.6, abs=0.1)
+    assert more_tables.after(5.4, 0.43) == pytest.approx(9.1, abs=0.05)
     for before, now in ((30.0, 60.0), (73.0, 82.5)):
-        assert law.after(before, law.coverage(before, now)) == pytest.approx(now)
+        assert more_tables.after(before, more_tables.coverage(before, now)) == pytest.approx(now)
 
 
 def test_the_share_of_mistakes_that_is_covered_is_one_of_the_four_sorts():
     kinds = {"full": 40.0, "brief": 10.0, "rude": 20.0, "wrong thing": 5.0, "other": 25.0}
-    assert law.share_of([("rude",)], kinds) == pytest.approx(0.8)
-    assert law.share_of([("over-refusal", "complies")], kinds) == 0
-    assert law.share_of(records.MISTAKES, kinds) == 1
+    assert more_tables.share_of([("rude",)], kinds) == pytest.approx(0.8)
+    assert more_tables.share_of([("over-refusal", "complies")], kinds) == 0
+    assert more_tables.share_of(records.MISTAKES, kinds) == 1
 
 
 # ---- Questions to a real model ----
@@ -445,7 +463,6 @@ def asked(monkeypatch):
     [
         ("demonstrations", [("2 + 2?", "4", 1)]),
         ("instruct", [("2 + 2?", "4", 1), ("2 + 2?", "5", 0)]),
-        ("sft", [("2 + 2?", "4", 1), ("3 + 3?", "7", 0)]),
         ("own", [("2 + 2?", "4", 1), ("2 + 2?", "4", 1), ("3 + 3?", "7", 0)]),
     ],
 )
@@ -456,6 +473,19 @@ def test_questions_have_right_demonstrations_and_at_most_one_wrong_answer(kind, 
     assert [(row["completion"], row["group"]) for row in test] == [("4", "undemonstrated")]
     _, validation = questions.training_and_test(f"questions-{kind}", 0, True)
     assert [row["group"] for row in validation] == ["demonstrated"]
+
+
+def test_guesses_look_at_the_family_of_a_question_alone(monkeypatch):
+    def of(*answers):
+        return [
+            questions.record("demonstrated", "?", answer) | {"family": "f"} for answer in answers
+        ]
+
+    parts = {"training": of("1", "1", "1", "2"), "test": of("1", "2", "3", "3")}
+    monkeypatch.setattr(questions, "questions", lambda seed: parts)
+    found = questions.guesses(0)
+    assert found["the most frequent answer"] == {"demonstrated": 25.0}
+    assert found["a drawn answer"] == {"demonstrated": 25.0}  # 75, 25, 0 and 0
 
 
 def test_drawn_answers_are_those_of_the_run_with_their_name_and_seed(monkeypatch):
@@ -470,43 +500,33 @@ def test_drawn_answers_are_those_of_the_run_with_their_name_and_seed(monkeypatch
         store.drawn("sft", 1)
 
 
-def test_the_best_third_of_the_answers_by_sentiment_has_label_1(monkeypatch):
-    asked = {part: [{"prompt": f"{part} {i}"} for i in range(3)] for part in sentiment.SIZES}
-    monkeypatch.setattr(sentiment, "requests", lambda: asked)
-    monkeypatch.setattr(sentiment, "drawn", lambda *given: [["1", "9"], ["5"], ["2", "7", "3"]])
-    monkeypatch.setattr(sentiment, "score_of", lambda text: int(text) / 10)
-    learnt, test = sentiment.training_and_test("sentiment", 0, False)
-    labels = {record["completion"]: record["label"] for record in learnt}
-    assert labels == {"1": 0, "9": 1, "5": 0, "2": 0, "7": 1, "3": 0}
-    assert learnt[1]["prompt"] == "training 0" and test == asked["test"]
-    assert sentiment.training_and_test("sentiment", 0, True)[1] == asked["validation"]
-
-
-def test_the_requests_of_the_parts_differ():
-    parts = sentiment.requests()
-    assert {part: len(some) for part, some in parts.items()} == sentiment.SIZES
-    prompts = [str(record["prompt"]) for some in parts.values() for record in some]
-    assert len(set(prompts)) == len(prompts)
+def test_parts_have_no_question_in_common_and_seeds_have_few():
+    pytest.importorskip("reasoning_gym")
+    parts = [part for seed in (0, 1) for part in questions.questions(seed).values()]
+    first, *others = [{str(record["prompt"]) for record in part} for part in parts[:3]]
+    assert not first & others[0] and not first & others[1] and not others[0] & others[1]
+    assert len(first & {str(record["prompt"]) for record in parts[3]}) < 0.1 * len(first)
 
 
 def test_the_kl_is_the_mean_log_ratio_of_the_answers_that_ended(monkeypatch):
-    args, asked = ulma.read_options([]), [{"prompt": "A?"}, {"prompt": "B?"}]
+    asked = [{"prompt": f"{letter}?", "completion": "-"} for letter in "AB"]
+    args = ulma.read_options([])
     tokenizer = ulma.load_tokenizer(args.model)
     drawn = [[ulma.Sample(" yes", 1, True)], [ulma.Sample(" cut", 1, False)]]
     logps = iter([torch.tensor([-2.0]), torch.tensor([-5.0])])
     monkeypatch.setattr(ulma, "sample", lambda *given: drawn)
     monkeypatch.setattr(ulma, "all_logps", lambda *given: next(logps))
     monkeypatch.setattr(ulma, "load_model", lambda *given: torch.nn.Module())
-    samples, figures = smollm2.sample_and_compare(None, tokenizer, asked, args)
-    assert samples == drawn and figures == {"ended": 50.0, "KL": 3.0}
+    figures = smollm2.sampled_figures(None, tokenizer, asked, args)
+    assert figures == {"ended": 50.0, "KL": 3.0}
 
 
 def test_the_picture_of_a_sweep_has_a_curve_for_each_learning_rate(monkeypatch):
     pytest.importorskip("matplotlib")
     drawn = {}
     monkeypatch.setattr(run.figures, "save", lambda figure, name: drawn.update({name: figure}))
-    scores = {("SFT", "1e-4"): 5.0, ("ULMA", "1e-4, 1"): 6.0, ("ULMA", "1e-4, 10"): 7.0}
-    run.figures.rates(scores | {("ULMA", "1e-3, 1"): 8.0})
+    scores = {("SFT", "1e-4"): [5.0], ("ULMA", "1e-4, 1"): [6.0], ("ULMA", "1e-4, 10"): [7.0, 9.0]}
+    run.figures.rates(scores | {("ULMA", "1e-3, 1"): [8.0]})
     sft, ulmas = drawn["real-demonstrations"].axes
     assert [line.get_label() for line in ulmas.lines] == [
         "learning rate 1e-4",
@@ -519,7 +539,7 @@ def test_the_picture_of_a_sweep_has_a_curve_for_each_learning_rate(monkeypatch):
 def test_adapters_are_trained_and_merged_into_the_model(small):
     pytest.importorskip("peft")
     flags = "--method sft --epochs 1 --learning-rate 1e-2 --lora"
-    trained, base = (runs.execute((f"{flags} {more}", 0, False)) for more in ("", "--untrained"))
+    trained, base = (runs.execute((f"{flags} {more}", 0, False)) for more in ("", "--eval-only"))
     assert trained["all"] != base["all"]
 
 
@@ -705,6 +725,12 @@ def test_the_page_has_the_distributions_that_the_command_prints(capsys):
     run.figures.print_optimum(*run.figures.distributions())
     page = (HERE / "where-it-converges.md").read_text(encoding="utf-8")
     assert capsys.readouterr().out in page
+
+
+def test_the_page_has_the_guesses_that_the_command_prints(capsys):
+    pytest.importorskip("reasoning_gym")
+    run.main(["guesses"])
+    assert capsys.readouterr().out in (HERE / "real-model.md").read_text(encoding="utf-8")
 
 
 def test_every_page_is_in_the_index_and_its_tables_exist():

@@ -1,19 +1,20 @@
-"""How far a law predicts what thumbs-down bring, for three tables.
+"""Tables beside those of tables.ini. Most say how far a law predicts what thumbs-down bring.
 
 Of the bad completions of a model a share c loses its probability, and all else grows in proportion.
 Then a share a of acceptable completions becomes a / (1 − c (1 − a)). All shares but c are in %.
 """
 
+import questions
 import tables
 from records import MISTAKES, sorts_of
 
 import ulma
 
 NEGATIVES = tables.TABLES["negatives"][""]
-SFT = {  # by table: trained on the demonstrations alone, the model without thumbs-down
-    "negatives": NEGATIVES["0"],
-    "mistakes": NEGATIVES["0"],
-    "real-demonstrations": tables.TABLES["real-demonstrations"][""]["SFT on demonstrations"],
+LAWS = {  # table: what its rows are, and the flags of SFT on the demonstrations alone
+    "negatives": ("thumbs-down", NEGATIVES["0"]),
+    "mistakes": ("sorts of mistakes", NEGATIVES["0"]),
+    "real-demonstrations": ("", tables.TABLES["real-demonstrations"][""]["SFT, 6 epochs"]),
 }
 
 
@@ -33,34 +34,35 @@ def print_law(table, seeds):
     In the table mistakes c is predicted, too: c with all sorts of mistakes, times the share that is
     covered.
     """
+    what, sft_flags = LAWS[table]
     done = tables.make(table, seeds)
     if table == "mistakes":  # its SFT, and all sorts of mistakes
         done = done | tables.make("negatives", seeds)
     lines = []
     for name, flags in tables.TABLES[table][""].items():
-        if flags == SFT[table] or "--untrained" in flags:
+        if flags == sft_flags or "--eval-only" in flags:
             continue
-        befores, shares, predicted, measured = [], [], [], []
+        found = []
         for seed in range(seeds):
-            sft = done[tables.named((SFT[table], seed, False))]
-            own = done[tables.named((flags, seed, False))]
+            sft, own, all_sorts = (
+                done.get(tables.named((some, seed, False)))
+                for some in (sft_flags, flags, NEGATIVES["800"])
+            )
             if table == "mistakes":
-                all_sorts = done[tables.named((NEGATIVES["800"], seed, False))]
-                covered = share_of(sorts_of(seed, int(name[0])), sft["kinds"]["undemonstrated"])
-                share = covered * coverage(sft["rated"], all_sorts["rated"])
+                shown = sorts_of(seed, int(name[0]))
+                share = share_of(shown, sft["kinds"]["undemonstrated"])
+                share *= coverage(sft["rated"], all_sorts["rated"])
             else:
                 share = coverage(sft["rated"], own["rated"])
-            befores.append(sft["undemonstrated"])
-            shares.append(share)
-            predicted.append(after(sft["undemonstrated"], share))
-            measured.append(own["undemonstrated"])
-        differences = [a - b for a, b in zip(measured, predicted)]
+            before, measured = sft["undemonstrated"], own["undemonstrated"]
+            predicted = after(before, share)
+            found.append((before, share, predicted, measured, measured - predicted))
+        befores, shares, predicted, measured, differences = zip(*found)
         line = [name, tables.shown(befores), tables.shown(shares, 2)]
         line += [tables.shown(predicted), tables.shown(measured), tables.shown(differences, 1, "+")]
         lines.append(line)
     print()
-    first = {"negatives": "thumbs-down", "mistakes": "sorts of mistakes"}.get(table, "")
-    header = [first, "a", "c", "predicted", "measured", "measured minus predicted"]
+    header = [what, "a", "c", "predicted", "measured", "measured minus predicted"]
     tables.print_table(header, lines)
 
 
@@ -107,3 +109,28 @@ def print_kinds(seeds):
         lines.append(line)
     print()
     tables.print_table(["thumbs-down", *columns], lines)
+
+
+def print_families(seeds):
+    """Right answers in the table real-demonstrations, by family of questions."""
+    done = tables.make("real-demonstrations", seeds)
+    families = [family for group in questions.FAMILIES.values() for family in group]
+    lines = []
+    for name, flags in tables.TABLES["real-demonstrations"][""].items():
+        found = [done[run]["families"] for run in tables.runs_of(flags, seeds)]
+        lines.append([name, *(tables.shown([of[family] for of in found]) for family in families)])
+    print()
+    tables.print_table(["", *families], lines)
+
+
+def print_guesses():
+    """What guesses would score in the table real-demonstrations."""
+    seeds = tables.SETTINGS_OF["real-demonstrations"]["seeds"]
+    found = [questions.guesses(seed) for seed in range(seeds)]
+    lines = []
+    for guess in found[0]:
+        groups = [[shares[guess][group] for shares in found] for group in questions.FAMILIES]
+        everywhere = [ulma.mean(pair) for pair in zip(*groups)]
+        lines.append([guess, *map(tables.shown, (everywhere, *groups))])
+    header = ["guess", *(tables.HEADERS[name] for name in ("all", *questions.FAMILIES))]
+    tables.print_table(header, lines)
