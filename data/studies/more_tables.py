@@ -11,10 +11,12 @@ from records import MISTAKES, sorts_of
 import ulma
 
 NEGATIVES = tables.TABLES["negatives"][""]
+REAL = tables.TABLES["real-demonstrations"][""]
+SFT_2 = REAL["SFT, 2 epochs"]
 LAWS = {  # table: what its rows are, and the flags of SFT on the demonstrations alone
     "negatives": ("thumbs-down", NEGATIVES["0"]),
     "mistakes": ("sorts of mistakes", NEGATIVES["0"]),
-    "real-demonstrations": ("", tables.TABLES["real-demonstrations"][""]["SFT, 6 epochs"]),
+    "real-demonstrations": ("", REAL["SFT, 6 epochs"]),
 }
 
 
@@ -32,7 +34,8 @@ def print_law(table, seeds):
     """What c is on training prompts, what it predicts for new ones, and what was measured there.
 
     In the table mistakes c is predicted, too: c with all sorts of mistakes, times the share that is
-    covered.
+    covered. A simpler rule stands beside the law: new prompts gain as many points as training
+    prompts; in the table mistakes, as many as with all sorts, times the share that is covered.
     """
     what, sft_flags = LAWS[table]
     done = tables.make(table, seeds)
@@ -40,30 +43,30 @@ def print_law(table, seeds):
         done = done | tables.make("negatives", seeds)
     lines = []
     for name, flags in tables.TABLES[table][""].items():
-        if flags == sft_flags or "--eval-only" in flags:
+        if flags in (sft_flags, SFT_2) or "--eval-only" in flags:
             continue
         found = []
         for seed in range(seeds):
-            sft, own, all_sorts = (
-                done.get(tables.named((some, seed, False)))
-                for some in (sft_flags, flags, NEGATIVES["800"])
-            )
+            rated_flags, covered = flags, 1.0
+            sft = done[tables.named((sft_flags, seed, False))]
             if table == "mistakes":
                 shown = sorts_of(seed, int(name[0]))
-                share = share_of(shown, sft["kinds"]["undemonstrated"])
-                share *= coverage(sft["rated"], all_sorts["rated"])
-            else:
-                share = coverage(sft["rated"], own["rated"])
-            before, measured = sft["undemonstrated"], own["undemonstrated"]
-            predicted = after(before, share)
-            found.append((before, share, predicted, measured, measured - predicted))
-        befores, shares, predicted, measured, differences = zip(*found)
-        line = [name, tables.shown(befores), tables.shown(shares, 2)]
-        line += [tables.shown(predicted), tables.shown(measured), tables.shown(differences, 1, "+")]
-        lines.append(line)
+                covered = share_of(shown, sft["kinds"]["undemonstrated"])
+                rated_flags = NEGATIVES["800"]
+            rated = done[tables.named((rated_flags, seed, False))]["rated"]
+            before = sft["undemonstrated"]
+            measured = done[tables.named((flags, seed, False))]["undemonstrated"]
+            c = covered * coverage(sft["rated"], rated)
+            simple = before + covered * (rated - sft["rated"])
+            predicted = after(before, c)
+            errors = measured - predicted, measured - simple
+            found.append((before, c, predicted, measured, *errors))
+        befores, shares, *others, by_law, by_points = zip(*found)
+        line = [name, tables.shown(befores), tables.shown(shares, 2), *map(tables.shown, others)]
+        lines.append(line + [tables.shown(errors, sign="+") for errors in (by_law, by_points)])
     print()
     header = [what, "a", "c", "predicted", "measured", "measured minus predicted"]
-    tables.print_table(header, lines)
+    tables.print_table([*header, "measured minus a + gain in points"], lines)
 
 
 def share_of(sorts, kinds):
@@ -86,13 +89,59 @@ def print_request(seeds):
             share = done[tables.named((flags, seed, False))]["undemonstrated"]
             if number < len(MISTAKES):
                 found["shown" if shown else "not shown"].append(share)
-    print()
-    header = ["answers to the wrong request are", "runs", "least", "mean", "greatest"]
+    print_spread("answers to the wrong request are", found)
+
+
+def print_luck(seeds):
+    """How single runs of the table share differ where there are no demonstrations."""
+    done = tables.make("share", seeds)
+    rows = tables.TABLES["share"]["0 %"]
+    found = {name: [done[run]["all"] for run in tables.runs_of(rows[name], seeds)] for name in rows}
+    print_spread("0 %", found)
+
+
+def print_spread(what, found):
+    """Of {row: results of runs} their number, the least, the mean and the greatest."""
     lines = []
     for name, shares in found.items():
         numbers = (min(shares), ulma.mean(shares), max(shares))
         lines.append([name, str(len(shares)), *(f"{number:.1f}" for number in numbers)])
-    tables.print_table(header, lines)
+    print()
+    tables.print_table([what, "runs", "least", "mean", "greatest"], lines)
+
+
+def print_weights(seeds):
+    """Weights of right and of wrong demonstrations in point-wise DPO, in the table noise."""
+    done = tables.make("noise", seeds)
+    lines = []
+    for block, rows in tables.TABLES["noise"].items():
+        runs = tables.runs_of(rows["point-wise DPO"], seeds)
+        line = [block]
+        for kind in ("acceptable", "not acceptable"):
+            for epoch in (0, 1):  # the first, the last
+                some = [done[run]["classes"].get(f"label 1, {kind}, demonstrated") for run in runs]
+                line.append("" if None in some else tables.shown([one[epoch] for one in some], 2))
+        lines.append(line)
+    print()
+    header = ["demonstrations", "correct: first epoch", "last epoch", "wrong: first epoch"]
+    tables.print_table([*header, "last epoch"], lines)
+
+
+def print_rises(seeds):
+    """How far graded training responses to kinds without demonstrations rise, in the table log-z."""
+    done = tables.make("log-z", seeds)
+    lines = []
+    for block, rows in tables.TABLES["log-z"].items():
+        for name, flags in rows.items():
+            if "--continuous" in flags:
+                line = [f"{block}: {name}"]
+                for score in ("0", "0.1", "0.2", "0.3", "0.4"):
+                    key = f"label {score}, not acceptable, undemonstrated"
+                    some = [done[run]["classes"][key][2] for run in tables.runs_of(flags, seeds)]
+                    line.append(tables.shown(some, sign="+"))
+                lines.append(line)
+    print()
+    tables.print_table(["rise of log π in nats, by score", "0", "0.1", "0.2", "0.3", "0.4"], lines)
 
 
 def print_kinds(seeds):

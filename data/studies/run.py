@@ -20,6 +20,14 @@ OTHERS = {  # tables and pictures that are not made of results.jsonl alone
     "optimum": figures.optimum,
     "guesses": more_tables.print_guesses,
 }
+MORE = {  # what is printed below a table
+    "mistakes": more_tables.print_request,
+    "negatives": more_tables.print_kinds,
+    "share": more_tables.print_luck,
+    "noise": more_tables.print_weights,
+    "log-z": more_tables.print_rises,
+    "real-demonstrations": more_tables.print_families,
+}
 
 
 def main(argv=None):
@@ -40,12 +48,8 @@ def main(argv=None):
     tables.print_results(options.table, seeds)
     if options.table in more_tables.LAWS:
         more_tables.print_law(options.table, seeds)
-    if options.table == "real-demonstrations":
-        more_tables.print_families(seeds)
-    if options.table == "mistakes":
-        more_tables.print_request(seeds)
-    if options.table == "negatives":
-        more_tables.print_kinds(seeds)
+    if options.table in MORE:
+        MORE[options.table](seeds)
     if options.table in ("share", "negatives"):
         getattr(figures, options.table)(seeds)
 

@@ -18,7 +18,8 @@ HEADERS = {
     "all": "all requests",
     "demonstrated": "kinds with demonstrations",
     "undemonstrated": "kinds without",
-    "weight": "last weight of a demonstration",
+    "first weight": "weight of a demonstration, first epoch",
+    "weight": "weight of a demonstration, last epoch",
     "fall": "fall of thumbs-down, kinds without, in nats",
     "ended": "samples that end",
     "KL": "KL in nats",
@@ -88,7 +89,7 @@ def print_results(table, seeds):
         for name in rows:
             line = [f"{block}: {name}" if block else name]
             for column in settings["columns"]:
-                digits = {"perplexity": 3, "weight": 2}.get(column, 1)
+                digits = {"perplexity": 3, "first weight": 2, "weight": 2}.get(column, 1)
                 line.append(shown(values[block, name, column], digits))
             if (block, name) in differences:
                 line.append(shown(differences[block, name], sign="+"))
@@ -103,8 +104,8 @@ def value_of(figures, column):
     """A figure of a run, in %; "score" and the kinds are means over its samples."""
     if column in figures:
         return figures[column]
-    if column == "weight":  # in the mean of the last epoch
-        return figures["classes"]["label 1, acceptable, demonstrated"][1]
+    if column in ("first weight", "weight"):  # means of the first and of the last epoch
+        return figures["classes"]["label 1, acceptable, demonstrated"][column == "weight"]
     if column == "fall":  # in the mean of the last epoch
         return -figures["classes"]["label 0, not acceptable, undemonstrated"][2]
     kinds = figures["kinds"].values()  # of as many prompts each
