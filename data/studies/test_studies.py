@@ -437,6 +437,27 @@ def test_the_law_of_coverage_is_its_own_inverse():
         assert more_tables.after(before, more_tables.coverage(before, now)) == pytest.approx(now)
 
 
+def test_the_law_and_the_simpler_rule_predict_new_prompts_from_training_prompts(
+    monkeypatch, capsys
+):
+    rows = {"0": "--method sft", "50": "--method ulma"}
+    figures = {"--method sft": (50, 20), "--method ulma": (60, 32)}  # training prompts, new ones
+    done = {
+        (flags, seed, False): {"rated": rated, "undemonstrated": new}
+        for flags, (rated, new) in figures.items()
+        for seed in range(2)
+    }
+    monkeypatch.setitem(more_tables.LAWS, "negatives", ("thumbs-down", "--method sft"))
+    monkeypatch.setitem(tables.TABLES, "negatives", {"": rows})
+    monkeypatch.setattr(tables, "make", lambda *given: done)
+    more_tables.print_law("negatives", 2)
+    *_, line = capsys.readouterr().out.splitlines()
+    # c = (1 − 50/60) / 0.5 = 1/3; 20 / (1 − 0.8/3) = 27.3; and 20 + 10 = 30.
+    assert line == (
+        "| 50 | 20.0 ± 0.0 | 0.33 ± 0.00 | 27.3 ± 0.0 | 32.0 ± 0.0 | +4.7 ± 0.0 | +2.0 ± 0.0 |"
+    )
+
+
 def test_the_share_of_mistakes_that_is_covered_is_one_of_the_four_sorts():
     kinds = {"full": 40.0, "brief": 10.0, "rude": 20.0, "wrong thing": 5.0, "other": 25.0}
     assert more_tables.share_of([("rude",)], kinds) == pytest.approx(0.8)
