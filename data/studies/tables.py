@@ -124,7 +124,7 @@ def verdict(p):
 def sweep(table, seeds):
     """Acceptable answers to validation prompts in %, with each setting tried for each row.
 
-    The first seed tries all settings, and each other seed those that are the three best of their
+    The first seed tries all settings, and each other seed those that are the two best of their
     row until then. Returns {(row, setting): [acceptable answers of each seed]}. A setting is the values that were tried, in the order
     of "try", joined by commas.
     """
@@ -133,7 +133,7 @@ def sweep(table, seeds):
     cells = settings_of(table)
     scores = {cell: [] for cell in cells}
     for seed in range(seeds):
-        tried = [cell for cell in cells if seed == 0 or cell in best(scores, 3)]
+        tried = [cell for cell in cells if seed == 0 or cell in best(scores, 2)]
         done = perform([(cells[cell], seed, True) for cell in tried], table)
         for cell in tried:
             scores[cell].append(done[named((cells[cell], seed, True))]["all"])
