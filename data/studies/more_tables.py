@@ -128,7 +128,7 @@ def print_weights(seeds):
 
 
 def print_rises(seeds):
-    """How far graded training responses to kinds without demonstrations rise, in the table log-z."""
+    """How far graded responses to kinds without demonstrations rise, in the table log-z."""
     done = tables.make("log-z", seeds)
     lines = []
     for block, rows in tables.TABLES["log-z"].items():

@@ -125,8 +125,8 @@ def sweep(table, seeds):
     """Acceptable answers to validation prompts in %, with each setting tried for each row.
 
     The first seed tries all settings, and each other seed those that are the two best of their
-    row until then. Returns {(row, setting): [acceptable answers of each seed]}. A setting is the values that were tried, in the order
-    of "try", joined by commas.
+    row until then. Returns {(row, setting): [acceptable answers of each seed]}. A setting is the
+    values that were tried, in the order of "try", joined by commas.
     """
     if SETTINGS_OF[table]["after"]:
         make(SETTINGS_OF[table]["after"], seeds)
