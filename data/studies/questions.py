@@ -83,7 +83,7 @@ def questions(seed):
     parts = {part: [] for part in SIZES}
     for group, families in FAMILIES.items():
         for family, easy in families.items():
-            # With the seeds 0 and 1 all but one of the questions would be the same.
+            # Two neighbouring seeds of reasoning-gym share all but one of their questions.
             made = reasoning_gym.create_dataset(family, seed=DRAWS * seed, size=DRAWS, **easy)
             answer_to = {made[i]["question"].strip(): made[i]["answer"] for i in range(DRAWS)}
             found = [record(group, *pair) | {"family": family} for pair in answer_to.items()]

@@ -502,11 +502,11 @@ def test_guesses_look_at_the_family_of_a_question_alone(monkeypatch):
             questions.record("demonstrated", "?", answer) | {"family": "f"} for answer in answers
         ]
 
-    parts = {"training": of("1", "1", "1", "2"), "test": of("1", "2", "3", "3")}
+    parts = {"training": of("1", "1", "1", "2"), "test": of("1", "2", "3", "2")}
     monkeypatch.setattr(questions, "questions", lambda seed: parts)
     found = questions.guesses(0)
     assert found["the most frequent answer"] == {"demonstrated": 25.0}
-    assert found["a drawn answer"] == {"demonstrated": 25.0}  # 75, 25, 0 and 0
+    assert found["a drawn answer"] == {"demonstrated": 31.25}  # 75, 25, 0 and 25
 
 
 def test_drawn_answers_are_those_of_the_run_with_their_name_and_seed(monkeypatch):
